@@ -1,0 +1,268 @@
+"""The flow's parameters: one frozen model, from which the preset files, Prefect's form and the job specs come.
+
+Everything is checked before the first training second, and all errors of a file are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from components.errors import ConfigError
+
+PRESETS = Path(__file__).parent.parent / "flows" / "presets"
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+LabelName = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+AdapterMethod = Literal["pfeiffer", "houlsby"]
+Method = Literal["pfeiffer", "houlsby", "full"]
+
+
+class Frozen(BaseModel):
+    """A value: unchangeable, and without room for a misspelt key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Columns(Frozen):
+    """Which column of the source holds what."""
+
+    text: str = "text"
+    text_pair: str | None = Field(None, description="second text of a pair, e.g. a hypothesis")
+    label: str = "label"
+    id: str | None = Field(None, description="the source's own row id; checked to be unique")
+
+
+class DataConfig(Frozen):
+    """Where labelled rows come from."""
+
+    source: str = Field(description="path or s3:// of CSV, TSV, JSON lines or Parquet; hub data set id; vader:DOMAIN")
+    revision: str | None = Field(None, description="commit of a hub data set")
+    part: str = Field("train", description="part of a hub data set that is read; it is split anew here")
+    columns: Columns = Columns()
+    labels: tuple[LabelName, ...] | None = Field(None, description="the declared set, in order; else those found")
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> DataConfig:
+        if self.labels is not None and (len(set(self.labels)) != len(self.labels) or len(self.labels) < 2):
+            raise ValueError("labels must be two or more different names")
+        return self
+
+
+class ValidationConfig(Frozen):
+    """Bounds that rows must keep. `warnings` names the expectations that are reported but do not stop the run."""
+
+    min_characters: Positive = 1
+    max_characters: Positive = 10_000
+    min_rows: Positive = 100
+    max_rows: Positive = 10_000_000
+    min_rows_per_class: Positive = 20
+    max_duplicate_share: Share = 0.2
+    max_class_divergence: float = Field(0.1, ge=0, description="KL divergence from the previous accepted data, nats")
+    warnings: tuple[Literal["duplicates", "class_balance", "row_count", "rows_per_class", "text_length"], ...] = (
+        "duplicates",
+        "class_balance",
+    )
+
+
+class SplitConfig(Frozen):
+    """How rows are parted. Near duplicates (Jaccard similarity of word sets) stay together."""
+
+    validation: float = Field(0.1, gt=0, lt=1)
+    test: float = Field(0.2, gt=0, lt=1)
+    near_duplicate_jaccard: float = Field(0.8, gt=0, le=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _train_remains(self) -> SplitConfig:
+        if self.validation + self.test >= 0.95:
+            raise ValueError("validation + test must leave at least 5 % for training")
+        return self
+
+
+class BaseConfig(Frozen):
+    """The frozen pretrained transformer."""
+
+    name: str = Field("minilm", description="embedded model, local folder, or hub id (then with a revision)")
+    revision: str | None = Field(None, description="commit of a hub model")
+    weights_sha256: str | None = Field(None, description="pin; another digest is refused")
+
+
+class LearningRates(Frozen):
+    """Peak learning rates. `body` is the adapter's bottlenecks, or the whole transformer for `full`."""
+
+    body: float = Field(gt=0)
+    layer_norm: float = Field(gt=0)
+    head: float = Field(gt=0)
+
+
+class Schedule(Frozen):
+    """How long and how fast one job learns."""
+
+    epochs: Positive
+    patience: Positive = Field(2, description="epochs without a better validation score before stopping")
+    learning_rates: LearningRates
+
+
+class Bottleneck(Frozen):
+    """Shape of a bottleneck adapter; the words are AdapterHub's."""
+
+    reduction_factor: float = Field(16, gt=0, description="hidden size / bottleneck size")
+    non_linearity: Literal["relu", "gelu", "silu", "tanh", "leakyrelu"] = "relu"
+    dropout: float = Field(0.0, ge=0, lt=1)
+    leave_out: tuple[int, ...] = Field((), description="layers without adapter, counted from 0")
+
+
+class AdapterConfig(Frozen):
+    """The adapter job."""
+
+    method: AdapterMethod = "pfeiffer"
+    bottleneck: Bottleneck = Bottleneck()
+    schedule: Schedule = Schedule(
+        epochs=10, patience=3, learning_rates=LearningRates(body=1e-3, layer_norm=1e-3, head=1e-3)
+    )
+
+
+class BaselineConfig(Frozen):
+    """The full fine-tuning job that the adapter is compared with."""
+
+    schedule: Schedule = Schedule(
+        epochs=5, patience=2, learning_rates=LearningRates(body=5e-5, layer_norm=5e-5, head=5e-4)
+    )
+
+
+class TrainingConfig(Frozen):
+    """What both jobs share, so that the comparison is fair."""
+
+    batch_size: Positive = 16
+    max_tokens: int = Field(128, ge=8, description="longer texts are cut; how many were is reported per class")
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises")
+    clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    class_weights: Literal["none", "balanced"] = "none"
+    metric: Literal["accuracy", "macro_f1", "log_loss"] = Field("accuracy", description="picks the best epoch")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class GateConfig(Frozen):
+    """The rules. Scores are shares: a margin of 0.01 is one point of accuracy."""
+
+    margin: float = Field(0.01, gt=0, lt=1, description="adapter may be this much worse than full fine-tuning")
+    champion_margin: float = Field(0.01, gt=0, lt=1, description="and this much worse than what is in production")
+    slice_margin: float = Field(0.05, gt=0, lt=1, description="and this much worse within one slice")
+    length_buckets: Positive = 3
+    slice_min_rows: int = Field(0, ge=0, description="smaller slices are shown, not judged; 0 judges all")
+    max_trainable_share: Share = 0.05
+    max_bundle_mb: float = Field(16, gt=0)
+    must_beat_tfidf: bool = False
+    confidence: float = Field(0.95, ge=0.5, lt=1, description="one-sided, of every comparison")
+    resamples: int = Field(10_000, ge=1_000)
+    seed: int = 0
+
+
+class ReportConfig(Frozen):
+    show_samples: bool = Field(False, description="let reports show text of rows; off, no report or log does")
+
+
+class RegistryConfig(Frozen):
+    """Where versions and their evidence live. Credentials come from the environment."""
+
+    store: str = Field("s3://adapterline", description="s3://BUCKET[/PREFIX] or a folder")
+    tracking_uri: str | None = Field(None, description="MLflow; by default $MLFLOW_TRACKING_URI")
+    experiment: str = "adapterline"
+
+
+class ComputeConfig(Frozen):
+    """What jobs may use. Nothing here changes what is learned, except the device's own rounding."""
+
+    workspace: str = Field("out/work", description="folder for bundles and reports of jobs")
+    threads: Positive | None = Field(None, description="per job; by default the cores shared among the jobs")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    job_memory_gb: float = Field(3.0, gt=0, description="jobs run side by side when this much is free for each")
+    timeout_hours: float = Field(12, gt=0)
+
+
+class RetrainConfig(Frozen):
+    """Parameters of `flows/retrain.py`."""
+
+    model: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="name of the registered model")
+    data: DataConfig
+    validation: ValidationConfig = ValidationConfig()
+    split: SplitConfig = SplitConfig()
+    base: BaseConfig = BaseConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    baseline: BaselineConfig = BaselineConfig()
+    training: TrainingConfig = TrainingConfig()
+    gate: GateConfig = GateConfig()
+    report: ReportConfig = ReportConfig()
+    registry: RegistryConfig = RegistryConfig()
+    compute: ComputeConfig = ComputeConfig()
+    seed: int = 0
+
+
+def load(path: Path, overrides: dict[str, str] | None = None) -> RetrainConfig:
+    """Read a YAML file. `overrides` are dotted keys and YAML values, e.g. `{"gate.margin": "0.02"}`.
+
+    Raises ConfigError naming every wrong key at once.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("a readable YAML file", f"{type(error).__name__} in {path}", "check path and syntax") from error
+    if not isinstance(content, dict):
+        raise ConfigError("a YAML mapping of parameters", f"{type(content).__name__} in {path}", "see flows/presets")
+    for dotted, value in (overrides or {}).items():
+        _set(content, dotted, yaml.safe_load(value))
+    return parse(content, str(path))
+
+
+def parse(content: dict[str, Any], origin: str) -> RetrainConfig:
+    """The validated parameters; `origin` is named in errors."""
+    try:
+        return RetrainConfig.model_validate(content)
+    except ValidationError as error:
+        problems = "; ".join(_problem(detail) for detail in error.errors())
+        raise ConfigError("valid parameters", f"{problems} (in {origin})", "correct or remove these keys") from error
+
+
+def preset(name: str) -> Path:
+    """Path of a preset by name. Raises ConfigError that lists the ones there are."""
+    path = PRESETS / f"{name}.yaml"
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
+        raise ConfigError(f"a preset among {names}", repr(name), "choose one, or pass --config FILE")
+    return path
+
+
+def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise ConfigError("a key inside a section", f"--set {dotted}", f"{parent!r} holds a value, not a section")
+    content[last] = value
+
+
+def _problem(detail: Any) -> str:
+    place = ".".join(str(step) for step in detail["loc"]) or "parameters"
+    if detail["type"] == "extra_forbidden":
+        return f"{place}: unknown key{_nearest(detail['loc'])}"
+    if detail["type"] == "missing":
+        return f"{place}: missing"
+    found = detail["input"]
+    shown = f", found {found!r}" if isinstance(found, str | int | float | bool) else ""
+    return f"{place}: {detail['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _nearest(location: tuple[str | int, ...]) -> str:
+    model: Any = RetrainConfig
+    for step in location[:-1]:
+        model = model.model_fields[step].annotation
+    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), 1)
+    return f" (did you mean {close[0]}?)" if close else ""

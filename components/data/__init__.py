@@ -1,0 +1,1 @@
+"""Labelled rows: read, checked, parted without leaks."""

@@ -1,0 +1,115 @@
+"""Which data a model was given, in order: one numbered record for each accepted data set, never overwritten.
+
+    STORE/data/MODEL/000001.json           the record: digests, counts, where the split lies
+    STORE/splits/DIGEST/train.parquet …    the split itself, so that any version can be evaluated again later
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from components import storage
+from components.config import Frozen
+from components.data.split import PARTS, Split, split_digest
+from components.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Record(Frozen):
+    """One accepted data set."""
+
+    data_digest: str
+    split_config_digest: str
+    split_digest: str
+    split_uri: str
+    labels: tuple[str, ...]
+    rows_per_label: dict[str, int]
+    rows_per_part: dict[str, int]
+    accepted_at: str
+
+
+def records(store: str, model: str) -> list[Record]:
+    """All accepted data sets of a model, oldest first. Raises StorageError when the store cannot be reached."""
+    folder = _folder(store, model)
+    return [Record.model_validate_json(storage.read(storage.join(folder, name))) for name in storage.names(folder)]
+
+
+def accept(store: str, model: str, split: Split, data_digest: str, split_config_digest: str) -> Record:
+    """Save a split and append its record. Two writers never share a number: the later takes the next one."""
+    digest = split.digest
+    uri = storage.join(store, "splits", digest)
+    save(split, uri)
+    counts = {name: 0 for name in split.labels}
+    for table in split.parts.values():
+        for code in table["label"]:
+            counts[split.labels[code]] += 1
+    record = Record(
+        data_digest=data_digest,
+        split_config_digest=split_config_digest,
+        split_digest=digest,
+        split_uri=uri,
+        labels=split.labels,
+        rows_per_label=counts,
+        rows_per_part={name: len(table) for name, table in split.parts.items()},
+        accepted_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    number = len(storage.names(_folder(store, model))) + 1
+    while not storage.write(_record_uri(store, model, number), record.model_dump_json().encode(), if_absent=True):
+        number += 1
+    return record
+
+
+def save(split: Split, uri: str) -> None:
+    """Write the parts as Parquet, then `split.json`, whose presence means that all is there."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part, table in {**split.parts, "frozen": split.frozen}.items():
+            table.to_parquet(folder / f"{part}.parquet")
+        about = {
+            "digest": split.digest,
+            "labels": split.labels,
+            "rows": {part: len(table) for part, table in split.parts.items()},
+        }
+        (folder / "split.json").write_text(json.dumps(about, indent=2))
+        storage.upload_folder(folder, uri, last="split.json")
+
+
+def load_parts(uri: str, digest: str, folder: Path) -> tuple[dict[str, Dataset], tuple[str, ...]]:
+    """The three parts of a saved split and its labels; `folder` takes the downloads.
+
+    Raises DataError when the content is not the one with that digest.
+    """
+    local = storage.download_folder(uri, folder)
+    labels = tuple(json.loads((local / "split.json").read_bytes())["labels"])
+    parts = {name: _table(local / f"{name}.parquet") for name in PARTS}
+    found = split_digest(parts, labels)
+    if found != digest:
+        raise DataError(f"split {digest[:12]} at {uri}", f"content with digest {found[:12]}", "split the data again")
+    return parts, labels
+
+
+def load_frozen(uri: str, folder: Path) -> Dataset:
+    """Every row that any data set up to this split held out for testing."""
+    return _table(storage.download(storage.join(uri, "frozen.parquet"), folder / "frozen.parquet"))
+
+
+def _table(path: Path) -> Dataset:
+    """A Parquet file in memory: no second copy in the cache folder of `datasets`."""
+    import pyarrow.parquet
+    from datasets import Dataset
+
+    return Dataset(pyarrow.parquet.read_table(path).replace_schema_metadata(None))
+
+
+def _folder(store: str, model: str) -> str:
+    return storage.join(store, "data", model)
+
+
+def _record_uri(store: str, model: str, number: int) -> str:
+    return storage.join(_folder(store, model), f"{number:06d}.json")

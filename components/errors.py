@@ -1,0 +1,82 @@
+"""What can go wrong, as one tree.
+
+    AdapterlineError            exit code 1
+    ├── ConfigError             a parameter is unknown, missing or out of range
+    ├── DataError               rows cannot be read, or are not what was declared
+    │   └── ValidationFailed    rows were read and did not meet an expectation of severity `error`
+    ├── BaseModelError          the base model is missing, incomplete, or not the pinned one
+    ├── BundleError             a bundle is incomplete, changed, or made for something else
+    ├── StorageError            a file, bucket or object cannot be reached
+    ├── TrainingError           a job could not train
+    ├── RegistryError           a version could not be registered, or is not what was registered
+    └── GateRejected            the gate did not pass; everything was measured and logged
+        ├── GateFailed          exit code 2
+        └── GateInconclusive    exit code 3
+
+Every message is one line that says what was expected, what was found and what to do.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class AdapterlineError(Exception):
+    """Root of the tree. `str()` is the line a person reads; it never holds text of a user's rows."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, expected: str, found: str, todo: str) -> None:
+        super().__init__(expected, found, todo)
+        self.expected, self.found, self.todo = expected, found, todo
+
+    def __str__(self) -> str:
+        return " ".join(f"expected {self.expected}; found {self.found}; {self.todo}".split())
+
+
+class ConfigError(AdapterlineError):
+    """A parameter is unknown, missing or out of range."""
+
+
+class DataError(AdapterlineError):
+    """Rows cannot be read, or are not what was declared."""
+
+
+class ValidationFailed(DataError):
+    """Rows were read and did not meet an expectation of severity `error`."""
+
+
+class BaseModelError(AdapterlineError):
+    """The base model is missing, incomplete, or not the pinned one."""
+
+
+class BundleError(AdapterlineError):
+    """A bundle is incomplete, changed, or made for something else."""
+
+
+class StorageError(AdapterlineError):
+    """A file, bucket or object cannot be reached."""
+
+
+class TrainingError(AdapterlineError):
+    """A job could not train."""
+
+
+class RegistryError(AdapterlineError):
+    """A version could not be registered, or is not what was registered."""
+
+
+class GateRejected(AdapterlineError):
+    """The gate did not pass. Nothing was registered, everything was measured and logged."""
+
+
+class GateFailed(GateRejected):
+    """At least one rule failed."""
+
+    exit_code = 2
+
+
+class GateInconclusive(GateRejected):
+    """No rule failed, but at least one could not be decided on this test part."""
+
+    exit_code = 3

@@ -1,0 +1,1 @@
+"""Where versions live: the bundle, MLflow, the registered model."""

@@ -1,0 +1,213 @@
+"""Files behind a URI: a local path or s3://BUCKET/KEY, spoken to through boto3.
+
+Endpoint, region and keys come from the environment (`AWS_ENDPOINT_URL_S3`, `AWS_ACCESS_KEY_ID`, …), as for any
+S3 client. Every failure becomes a StorageError of one line.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from components.errors import StorageError
+
+
+def is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def require(root: str) -> None:
+    """Raise StorageError unless the bucket of `root` is there and ours to use; a local folder is made."""
+    if not is_s3(root):
+        Path(root).mkdir(parents=True, exist_ok=True)
+        return
+    bucket, _ = _parts(root)
+    with _errors(root):
+        _client().head_bucket(Bucket=bucket)
+
+
+def read(uri: str) -> bytes:
+    """Content of one object. Raises StorageError when it is not there."""
+    if is_s3(uri):
+        bucket, key = _parts(uri)
+        with _errors(uri):
+            content: bytes = _client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        return content
+    try:
+        return Path(uri).read_bytes()
+    except OSError as error:
+        raise _missing(uri, error) from error
+
+
+def write(uri: str, content: bytes, *, if_absent: bool = False) -> bool:
+    """Write one object. With `if_absent`, False when it was there already: one winner among racing writers."""
+    if is_s3(uri):
+        return _put(uri, content, if_absent)
+    path = Path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("xb" if if_absent else "wb") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def exists(uri: str) -> bool:
+    if not is_s3(uri):
+        return Path(uri).exists()
+    from botocore.exceptions import ClientError
+
+    bucket, key = _parts(uri)
+    with _errors(uri):
+        try:
+            _client().head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                return False
+            raise
+    return True
+
+
+def names(uri: str) -> list[str]:
+    """Sorted names of the objects (or files) directly or deeper below a prefix, relative to it."""
+    if not is_s3(uri):
+        root = Path(uri)
+        return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    bucket, prefix = _parts(uri)
+    prefix = prefix.rstrip("/") + "/"
+    with _errors(uri):
+        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+        return sorted(item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", []))
+
+
+def download(uri: str, target: Path) -> Path:
+    """Copy one object to a local file; a local path is returned as it is, uncopied."""
+    if not is_s3(uri):
+        if not Path(uri).is_file():
+            raise _missing(uri)
+        return Path(uri)
+    bucket, key = _parts(uri)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _errors(uri):
+        _client().download_file(bucket, key, str(target))
+    return target
+
+
+def download_folder(uri: str, target: Path) -> Path:
+    """Copy everything below a prefix into a local folder; a local folder is returned as it is, uncopied."""
+    if not is_s3(uri):
+        if not Path(uri).is_dir():
+            raise _missing(uri)
+        return Path(uri)
+    found = names(uri)
+    if not found:
+        raise _missing(uri)
+    for name in found:
+        download(join(uri, name), target / name)
+    return target
+
+
+def upload_folder(folder: Path, uri: str, last: str) -> None:
+    """Copy a folder to a URI, the file named `last` at the end: its presence then means that all is there."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.name == last, path)):
+        target = join(uri, path.relative_to(folder).as_posix())
+        if is_s3(uri):
+            bucket, key = _parts(target)
+            with _errors(target):
+                _client().upload_file(str(path), bucket, key)
+        else:
+            write(target, path.read_bytes())
+
+
+def _put(uri: str, content: bytes, if_absent: bool) -> bool:
+    from botocore.exceptions import ClientError
+
+    bucket, key = _parts(uri)
+    condition = {"IfNoneMatch": "*"} if if_absent else {}
+    with _errors(uri):
+        try:
+            _client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
+                return False
+            raise
+    return True
+
+
+def _client() -> Any:
+    return _connect(os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ACCESS_KEY_ID"))
+
+
+@functools.cache
+def _connect(endpoint: str | None, key_id: str | None) -> Any:
+    """One client a server and identity; the arguments are only the cache's key, boto3 reads the environment."""
+    import boto3
+    from botocore.config import Config
+
+    # A server that is away is reported within half a minute instead of the default minutes.
+    patience = Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 3, "mode": "standard"})
+    return boto3.Session().client("s3", config=patience)
+
+
+def _parts(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not bucket:
+        raise StorageError("s3://BUCKET/KEY", repr(uri), "name a bucket")
+    return bucket, key
+
+
+def _missing(uri: str, error: Exception | None = None) -> StorageError:
+    why = type(error).__name__ if error else "nothing there"
+    return StorageError(f"a readable file or object at {uri}", why, "check the path, bucket and key")
+
+
+@contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    """Turn boto3's exceptions into ours."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    bucket, _ = _parts(uri)
+    try:
+        yield
+    except NoCredentialsError as error:
+        raise StorageError(
+            f"S3 credentials for {uri}", "none in the environment", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from error
+    except ClientError as error:
+        code = str(error.response["Error"]["Code"])
+        raise _refused(uri, bucket, code) from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise StorageError(
+            f"an S3 server that answers for {uri}",
+            type(error).__name__,
+            "start it, or correct AWS_ENDPOINT_URL_S3",
+        ) from error
+
+
+def _refused(uri: str, bucket: str, code: str) -> StorageError:
+    if code == "NoSuchBucket" or (code in ("404", "NoSuchKey") and not _bucket_exists(bucket)):
+        return StorageError(f"bucket {bucket!r}", "no such bucket", "create it or correct the URI")
+    if code in ("404", "NoSuchKey"):
+        return StorageError(f"an object at {uri}", "no such key", "check the key; names are case-sensitive")
+    return StorageError(f"access to {uri}", f"S3 said {code}", "check the keys and their rights")
+
+
+def _bucket_exists(bucket: str) -> bool:
+    from botocore.exceptions import ClientError
+
+    try:
+        _client().head_bucket(Bucket=bucket)
+    except ClientError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""One training: a pure function from a job spec to a bundle."""

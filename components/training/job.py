@@ -1,0 +1,221 @@
+"""One training, from a job spec to a bundle: the same entry point in a subprocess, a container or a pod.
+
+    python -m components.training.job SPEC OUT [--progress json] [--debug]
+
+SPEC is a JSON file or s3:// object, OUT a folder or s3:// prefix. Run again with the same spec it resumes, or finds
+the finished bundle and returns at once. Exit code 0, or 1 with one line on standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from components import cache, storage
+from components.errors import AdapterlineError, ConfigError, TrainingError
+from components.registry import bundle
+from components.training import progress
+from components.training.spec import JobSpec, code_version, parse
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from torch import nn
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m components.training.job", description="Train one bundle.")
+    parser.add_argument("spec", help="JSON job spec: file or s3:// object")
+    parser.add_argument("out", help="where the bundle goes: folder or s3:// prefix")
+    parser.add_argument("--progress", choices=("bar", "json"), default="bar")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    options = parser.parse_args(arguments)
+    bar = progress.Bar() if options.progress == "bar" else None
+    try:
+        spec = parse(storage.read(options.spec))
+        manifest = run(spec, options.out, bar or progress.json_lines)
+    except AdapterlineError as error:
+        if options.debug:
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    finally:
+        if bar:
+            bar.close()
+    print(f"{options.out}: {manifest.bytes / 1e6:.2f} MB, {manifest.trained_share:.2%} trained", file=sys.stderr)
+    return 0
+
+
+def run(spec: JobSpec, out: str, report: progress.Progress) -> bundle.Manifest:
+    """Train `spec` and leave its bundle at `out`; returns at once when it is there."""
+    if not storage.is_s3(out):
+        return _train(spec, Path(out), report)
+    if storage.exists(storage.join(out, bundle.MANIFEST)):
+        with tempfile.TemporaryDirectory() as folder:
+            return _existing(spec, storage.download_folder(out, Path(folder)))
+    scratch = cache.folder() / "jobs" / spec.digest
+    manifest = _train(spec, scratch, report)
+    storage.upload_folder(scratch, out, last=bundle.MANIFEST)
+    return manifest
+
+
+def _existing(spec: JobSpec, folder: Path) -> bundle.Manifest:
+    manifest = bundle.read_manifest(folder)
+    if manifest.job_digest != spec.digest:
+        raise ConfigError(
+            f"the bundle of job {spec.digest[:12]} at {folder}", f"that of {manifest.job_digest[:12]}", "name another folder"
+        )
+    return manifest
+
+
+def _train(spec: JobSpec, out: Path, report: progress.Progress) -> bundle.Manifest:
+    if bundle.is_complete(out):
+        return _existing(spec, out)
+    if spec.code != code_version():
+        raise ConfigError(f"code version {spec.code[:12]}", code_version()[:12], "run the job with the code that wrote its spec")
+    out.mkdir(parents=True, exist_ok=True)
+
+    import torch
+
+    from components import base_model
+    from components.training import checkpoint, loop
+
+    torch.set_num_threads(spec.limits.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    device = _device(spec.limits.device)
+    parts, tokens, padding = _data(spec)
+    torch.manual_seed(spec.seed)  # before head and adapter are drawn
+    base = base_model.find_pinned(spec.base)
+    model, frozen = _model(spec, base, device)
+    learner = loop.learner(model, spec.schedule, spec.training, len(parts["train"]), device)
+    state = loop.fit(
+        learner,
+        tokens["train"],
+        tokens["validation"],
+        spec.schedule,
+        spec.training,
+        spec.seed,
+        padding,
+        checkpoint.resume(out, learner),
+        _logging(report),
+        lambda state, best: checkpoint.save(out, learner, state, best),
+    )
+    checkpoint.load_best(out, learner)
+    predictions = bundle.Predictions(
+        list(parts["test"]["row"]), tokens["test"].labels, loop.predict(model, tokens["test"], padding, device)
+    )
+    trained = sum(parameter.numel() for parameter in learner.trained.values())
+    _write(out, spec, model, predictions, _metrics(spec, state, tokens, predictions, trained, device))
+    checkpoint.clear(out)
+    return bundle.write_manifest(
+        out,
+        method=spec.method,
+        job_digest=spec.digest,
+        data_uri=spec.data.uri,
+        data_digest=spec.data.digest,
+        code=spec.code,
+        seed=spec.seed,
+        base=spec.base,
+        labels=spec.labels,
+        max_tokens=spec.training.max_tokens,
+        trained_parameters=trained,
+        total_parameters=frozen + trained,
+    )
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("a CUDA device", "none that torch can use", "set compute.device: cpu, or run where a GPU is")
+    return torch.device(name)
+
+
+def _data(spec: JobSpec) -> tuple[dict[str, Dataset], dict[str, Any], int]:
+    """The parts of the split, their tokens, and the id of the padding token."""
+    from components import base_model
+    from components.data import ledger
+    from components.training.batching import tokenise
+
+    with tempfile.TemporaryDirectory() as folder:
+        parts, labels = ledger.load_parts(spec.data.uri, spec.data.digest, Path(folder))
+    if labels != spec.labels:
+        raise ConfigError(f"labels {', '.join(spec.labels)}", ", ".join(labels), "split the data again")
+    tokenizer = base_model.load_tokenizer(base_model.find_pinned(spec.base))
+    tokens = {name: tokenise(table, tokenizer, spec.training.max_tokens) for name, table in parts.items()}
+    return parts, tokens, int(tokenizer.pad_token_id or 0)
+
+
+def _model(spec: JobSpec, base: Any, device: torch.device) -> tuple[nn.Module, int]:
+    """The model to train, and how many parameters stay frozen beside the trained ones."""
+    from peft import get_peft_model
+
+    from components import base_model
+    from components.adapters.config import METHODS
+    from components.adapters.places import positions
+
+    model, head = base_model.load_classifier(base, spec.labels)
+    longest = positions(model)
+    if spec.training.max_tokens > longest:
+        raise ConfigError(f"training.max_tokens of at most {longest}", f"{spec.training.max_tokens}", "the base reads no more")
+    frozen = sum(parameter.numel() for parameter in model.base_model.parameters())
+    if spec.bottleneck is None:
+        return model.to(device), 0
+    settings = spec.bottleneck.model_dump()
+    config = METHODS[spec.method](modules_to_save=list(head), **{**settings, "leave_out": list(settings["leave_out"])})
+    return get_peft_model(model, config, adapter_name=bundle.ADAPTER_NAME).to(device), frozen
+
+
+def _metrics(
+    spec: JobSpec, state: Any, tokens: dict[str, Any], predictions: bundle.Predictions, trained: int, device: torch.device
+) -> dict[str, Any]:
+    from components.evaluation import metrics
+
+    train = tokens["train"]
+    return {
+        "test": metrics.measure(predictions.labels, predictions.probabilities),
+        "history": state.history,
+        "best_epoch": state.best_epoch,
+        "epochs": state.epoch,
+        "trained_parameters": trained,
+        "training_seconds": round(state.seconds, 3),
+        "tokens_per_second": round(state.tokens / state.seconds, 1),
+        "cut_share_per_class": {
+            name: float(train.cut[train.labels == code].mean()) for code, name in enumerate(spec.labels)
+        },
+        "device": device.type,
+    }
+
+
+def _write(out: Path, spec: JobSpec, model: nn.Module, predictions: bundle.Predictions, measured: dict[str, Any]) -> None:
+    import json
+
+    bundle.save_model(out, model, spec.base)
+    bundle.write_predictions(out, predictions)
+    (out / "job.json").write_text(spec.model_dump_json(indent=2))
+    (out / "metrics.json").write_text(json.dumps(measured, indent=2))
+
+
+def _logging(report: progress.Progress) -> progress.Progress:
+    """Also send the metrics of each epoch to the MLflow run named by the environment, if one is."""
+    from components.registry.tracking import EpochLog
+
+    log = EpochLog.from_environment()
+    if log is None:
+        return report
+
+    def both(event: progress.Event) -> None:
+        report(event)
+        if event.metrics is not None:
+            log(event.step, event.metrics)
+
+    return both
+
+
+if __name__ == "__main__":
+    sys.exit(main())

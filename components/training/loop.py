@@ -1,0 +1,190 @@
+"""The training loop: one for adapters and for full fine-tuning, so that the comparison is fair."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from components.adapters.model import dropouts, trainable_groups
+from components.config import Schedule, TrainingConfig
+from components.errors import TrainingError
+from components.evaluation import metrics
+from components.training.batching import Tokens, collate, scoring_batches, training_batches
+from components.training.progress import Meter, Progress
+
+SCORING_BATCH = 64
+
+
+@dataclass
+class State:
+    """Where a training is: enough, with its tensors, to go on from the end of an epoch."""
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = 0
+    best_score: float = -math.inf
+    seconds: float = 0.0
+    tokens: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model with all that changes while it learns."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    device: torch.device
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+
+def learner(
+    model: nn.Module, schedule: Schedule, training: TrainingConfig, rows: int, device: torch.device
+) -> Learner:
+    """AdamW with a learning rate for each group, warmed up and then falling linearly to zero."""
+    rates = schedule.learning_rates
+    groups: list[dict[str, Any]] = []
+    for kind, members in trainable_groups(model).items():
+        for decays in (True, False):
+            # Biases and layer norms are not decayed, as in the code of BERT (Devlin et al. 2019).
+            chosen = [p for _, p in members if (kind != "layer_norm" and p.ndim > 1) == decays]
+            if chosen:
+                decay = training.weight_decay if decays else 0.0
+                groups.append({"params": chosen, "lr": getattr(rates, kind), "weight_decay": decay})
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    total = schedule.epochs * math.ceil(rows / training.batch_size)
+    warm = max(1, round(total * training.warmup))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
+    )
+    return Learner(model, optimizer, scheduler, device)
+
+
+def fit(
+    learner: Learner,
+    train: Tokens,
+    validation: Tokens,
+    schedule: Schedule,
+    training: TrainingConfig,
+    seed: int,
+    padding: int,
+    state: State,
+    report: Progress,
+    keep: Callable[[State, bool], None],
+) -> State:
+    """Train until the epochs are used up or validation stops improving.
+
+    state: where to begin; a new State() for a new training.  keep: called at the end of each epoch with the state and
+    whether this epoch is the best so far, to save what is needed.
+
+    Raises TrainingError when the loss is no longer a number.
+    """
+    model, device = learner.model, learner.device
+    weights = _class_weights(train.labels, training.class_weights, model.config.num_labels, device)
+    precision = autocast(device, training.precision)
+    per_epoch = math.ceil(len(train.ids) / training.batch_size)
+    meter = Meter(report, per_epoch * schedule.epochs, schedule.epochs, state.step)
+
+    while state.epoch < schedule.epochs and state.epoch - state.best_epoch < schedule.patience:
+        state.epoch += 1
+        begin = time.perf_counter()
+        torch.manual_seed(seed * 100_003 + state.epoch)  # so that a resumed epoch draws what it would have drawn
+        _training_mode(model)
+        losses = []
+        for rows in training_batches(train.lengths, training.batch_size, seed, state.epoch):
+            inputs = collate(train, rows, padding, device)
+            target = torch.from_numpy(train.labels[rows]).to(device)
+            with precision():
+                logits = model(**inputs).logits
+            loss = nn.functional.cross_entropy(logits.float(), target, weight=weights)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            nn.utils.clip_grad_norm_(learner.trained.values(), training.clip_norm)
+            learner.optimizer.step()
+            learner.scheduler.step()
+            learner.optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(
+                    "a finite loss", f"{losses[-1]} at step {state.step + 1}", "lower the learning rates, or set precision: fp32"
+                )
+            state.step += 1
+            tokens = int(train.lengths[rows].sum())
+            state.tokens += tokens
+            meter.step(state.step, state.epoch, losses[-1], tokens)
+        state.seconds += time.perf_counter() - begin
+        measured = metrics.measure(validation.labels, predict(model, validation, padding, device))
+        score = -measured["log_loss"] if training.metric == "log_loss" else measured[training.metric]
+        best = score > state.best_score
+        if best:
+            state.best_score, state.best_epoch = score, state.epoch
+        epoch_metrics = {"train_loss": float(np.mean(losses)), **{f"validation_{k}": v for k, v in measured.items()}}
+        state.history.append({"epoch": state.epoch, "step": state.step, **epoch_metrics})
+        keep(state, best)
+        meter.epoch(state.step, state.epoch, epoch_metrics)
+    return state
+
+
+def predict(model: nn.Module, tokens: Tokens, padding: int, device: torch.device) -> npt.NDArray[np.float32]:
+    """Class probabilities, (rows, classes), in the order of `tokens`.
+
+    Always in float32 and without dropout, so that they do not depend on which rows share a batch.
+    """
+    model.eval()
+    result = np.zeros((len(tokens.ids), model.config.num_labels), dtype=np.float32)
+    with torch.inference_mode():
+        for rows in scoring_batches(tokens.lengths, SCORING_BATCH):
+            logits = model(**collate(tokens, rows, padding, device)).logits
+            result[rows] = torch.softmax(logits.float(), dim=-1).cpu().numpy()
+    return result
+
+
+def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
+    """bfloat16 where the device computes in it, else float32. Raises TrainingError when it is asked for and missing."""
+    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    if precision == "bf16" and not able:
+        raise TrainingError("a device that computes in bfloat16", f"{device.type} without it", "set training.precision: auto")
+    if precision == "fp32" or not able:
+        return nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def _cpu_has_bf16() -> bool:
+    from torch.backends import cpu
+
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()) and "AVX512" in cpu.get_cpu_capability()
+
+
+def _training_mode(model: nn.Module) -> None:
+    """Dropout where something is learned: a frozen base computes what it will compute when used."""
+    own = dropouts(model)
+    if own or _is_adapted(model):
+        model.eval()
+        for module in own:
+            module.train()
+    else:
+        model.train()
+
+
+def _is_adapted(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def _class_weights(labels: npt.NDArray[np.int64], kind: str, classes: int, device: torch.device) -> torch.Tensor | None:
+    """`balanced`: rows / (classes · rows of the class), as scikit-learn has it."""
+    if kind == "none":
+        return None
+    counts = np.bincount(labels, minlength=classes)
+    return torch.tensor(len(labels) / (classes * np.maximum(counts, 1)), dtype=torch.float32, device=device)

@@ -1,0 +1,60 @@
+"""What one training is to do. Two equal specs give the same bundle; their digest names its folder."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from components import digest
+from components.base_model import BasePin
+from components.config import Bottleneck, Frozen, Method, Schedule, TrainingConfig
+from components.errors import ConfigError
+
+# What a training's result depends on; changing any of it makes another code version.
+CODE = ("adapters", "training", "base_model", "evaluation/metrics", "registry/bundle")
+
+
+class DataRef(Frozen):
+    """A saved split, by place and content."""
+
+    uri: str
+    digest: str
+
+
+class Limits(Frozen):
+    """What the job may use. Threads are part of the spec: they decide how sums are rounded."""
+
+    threads: int
+    device: str
+
+
+class JobSpec(Frozen):
+    """One training. `bottleneck` is None for method `full`."""
+
+    method: Method
+    base: BasePin
+    data: DataRef
+    labels: tuple[str, ...]
+    bottleneck: Bottleneck | None
+    schedule: Schedule
+    training: TrainingConfig
+    limits: Limits
+    seed: int
+    code: str
+
+    @property
+    def digest(self) -> str:
+        """Where the data lies does not count, what it holds does."""
+        return digest.of_json(self.model_dump(mode="json", exclude={"data": {"uri"}}))
+
+
+def code_version() -> str:
+    return digest.of_code(*CODE)
+
+
+def parse(content: bytes) -> JobSpec:
+    """Raises ConfigError when it is no job spec."""
+    try:
+        return JobSpec.model_validate_json(content)
+    except ValidationError as error:
+        places = ", ".join(".".join(map(str, detail["loc"])) or "the file" for detail in error.errors())
+        raise ConfigError("a job spec", f"wrong or missing: {places}", "let flows/retrain.py write it") from error
