@@ -166,6 +166,7 @@ class GateConfig(Frozen):
 
 class ReportConfig(Frozen):
     show_samples: bool = Field(False, description="let reports show text of rows; off, no report or log does")
+    examples: tuple[str, ...] = Field((), description="texts that the new version classifies at the end of a run by hand")
 
 
 class RegistryConfig(Frozen):

@@ -7,8 +7,11 @@
     ├── BaseModelError          the base model is missing, incomplete, or not the pinned one
     ├── BundleError             a bundle is incomplete, changed, or made for something else
     ├── StorageError            a file, bucket or object cannot be reached
+    │   └── StorageUnavailable  the server did not answer          (a retry can help)
     ├── TrainingError           a job could not train
+    │   └── JobKilled           its process was killed             (a retry resumes it)
     ├── RegistryError           a version could not be registered, or is not what was registered
+    │   └── RegistryUnavailable MLflow did not answer              (a retry can help)
     └── GateRejected            the gate did not pass; everything was measured and logged
         ├── GateFailed          exit code 2
         └── GateInconclusive    exit code 3
@@ -25,6 +28,7 @@ class AdapterlineError(Exception):
     """Root of the tree. `str()` is the line a person reads; it never holds text of a user's rows."""
 
     exit_code: ClassVar[int] = 1
+    retry_can_help: ClassVar[bool] = False
 
     def __init__(self, expected: str, found: str, todo: str) -> None:
         super().__init__(expected, found, todo)
@@ -58,12 +62,30 @@ class StorageError(AdapterlineError):
     """A file, bucket or object cannot be reached."""
 
 
+class StorageUnavailable(StorageError):
+    """The server did not answer."""
+
+    retry_can_help = True
+
+
 class TrainingError(AdapterlineError):
     """A job could not train."""
 
 
+class JobKilled(TrainingError):
+    """The job's process was killed; its checkpoints are there."""
+
+    retry_can_help = True
+
+
 class RegistryError(AdapterlineError):
     """A version could not be registered, or is not what was registered."""
+
+
+class RegistryUnavailable(RegistryError):
+    """MLflow did not answer."""
+
+    retry_can_help = True
 
 
 class GateRejected(AdapterlineError):

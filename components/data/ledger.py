@@ -33,6 +33,11 @@ class Record(Frozen):
     rows_per_part: dict[str, int]
     accepted_at: str
 
+    def answers(self, data_digest: str, split_config_digest: str, labels: tuple[str, ...]) -> bool:
+        """Is this the split of these data under these settings?"""
+        mine = (self.data_digest, self.split_config_digest, self.labels)
+        return mine == (data_digest, split_config_digest, labels)
+
 
 def records(store: str, model: str) -> list[Record]:
     """All accepted data sets of a model, oldest first. Raises StorageError when the store cannot be reached."""
@@ -97,6 +102,18 @@ def load_parts(uri: str, digest: str, folder: Path) -> tuple[dict[str, Dataset],
 def load_frozen(uri: str, folder: Path) -> Dataset:
     """Every row that any data set up to this split held out for testing."""
     return _table(storage.download(storage.join(uri, "frozen.parquet"), folder / "frozen.parquet"))
+
+
+def learned_rows(uri: str) -> set[str]:
+    """Ids of the rows that a version trained on this split has learned from: its train and validation parts."""
+    import pyarrow.parquet
+
+    found: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("train", "validation"):
+            path = storage.download(storage.join(uri, f"{part}.parquet"), Path(folder) / f"{part}.parquet")
+            found.update(pyarrow.parquet.read_table(path, columns=["row"])["row"].to_pylist())
+    return found
 
 
 def _table(path: Path) -> Dataset:

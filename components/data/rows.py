@@ -31,7 +31,6 @@ class Cleaned:
     exact_duplicates: int
     contradicting: tuple[str, ...]
     contradicting_rows: int
-    data_digest: str
 
 
 def fold(text: str) -> str:
@@ -62,6 +61,17 @@ def label_names(table: Dataset, declared: tuple[str, ...] | None) -> tuple[str, 
     return declared or tuple(found)
 
 
+def data_digest(table: Dataset) -> str:
+    """Digest of all rows with their labels, independent of their order."""
+    names = [name for name in ("text", "text_pair", "label") if name in table.column_names]
+    hashes = [
+        hashlib.sha256("\x1f".join(values).encode()).hexdigest()
+        for batch in table.iter(batch_size=10_000)
+        for values in zip(*(batch[name] for name in names), strict=True)
+    ]
+    return digest.of_json([names, sorted(hashes)])
+
+
 def clean(table: Dataset, labels: tuple[str, ...]) -> Cleaned:
     """Keep one row of each folded text; drop texts whose labels contradict each other.
 
@@ -71,7 +81,6 @@ def clean(table: Dataset, labels: tuple[str, ...]) -> Cleaned:
     keyed = table.map(_keys, batched=True, fn_kwargs={"labels": {name: index for index, name in enumerate(labels)}})
     frame = keyed.select_columns([name for name in ("row", "text", "text_pair", "label") if name in keyed.column_names])
     frame = frame.to_pandas()
-    data_digest = digest.of_json([list(labels), *sorted(frame.astype(str).agg("\x1f".join, axis=1))])
     contradicts = frame.groupby("row")["label"].transform("nunique") > 1
     kept = frame[~contradicts].sort_values([name for name in frame.columns if name != "label"])
     kept = kept.drop_duplicates("row")
@@ -82,7 +91,6 @@ def clean(table: Dataset, labels: tuple[str, ...]) -> Cleaned:
         exact_duplicates=len(frame) - int(contradicts.sum()) - len(kept),
         contradicting=tuple(sorted(frame.loc[contradicts, "row"].unique().tolist())),
         contradicting_rows=int(contradicts.sum()),
-        data_digest=data_digest,
     )
 
 

@@ -78,7 +78,7 @@ def _file(path: Path, config: DataConfig) -> pa.Table:
     try:
         return _parse(path, form, config.columns)
     except (pa.ArrowInvalid, OSError, EOFError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, error) from None  # Arrow's message quotes the row
 
 
 def _parse(path: Path, form: str, columns: Columns) -> pa.Table:
@@ -200,7 +200,7 @@ def _strings(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         try:
             column = column.cast(pa.int64())
         except pa.ArrowInvalid as error:
-            raise DataError(f"text or whole numbers in column {name}", "fractions", "correct data.columns") from error
+            raise DataError(f"text or whole numbers in column {name}", "fractions", "correct data.columns") from None
     if pa.types.is_nested(kind) or pa.types.is_binary(kind):
         raise DataError(f"text or whole numbers in column {name}", f"type {kind}", "correct data.columns")
     return pc.fill_null(column.cast(pa.string()), "")

@@ -80,8 +80,12 @@ class Predictions:
     probabilities: npt.NDArray[np.float32]
 
 
+def version_of(library: str) -> str:
+    return importlib.metadata.version(library)
+
+
 def libraries() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {name: version_of(name) for name in LIBRARIES}
 
 
 def write_manifest(folder: Path, **about: Any) -> Manifest:

@@ -12,7 +12,7 @@ from typing import Any
 
 from components import storage
 from components.config import RegistryConfig
-from components.errors import RegistryError
+from components.errors import RegistryError, RegistryUnavailable
 
 RUN_VARIABLE = "ADAPTERLINE_MLFLOW_RUN"
 # A server that is away is reported within a minute; MLflow's own default keeps a client waiting for many.
@@ -70,9 +70,9 @@ def load_mlflow(uri: str) -> Any:
     return mlflow
 
 
-def unreachable(uri: str, error: Exception) -> RegistryError:
+def unreachable(uri: str, error: Exception) -> RegistryUnavailable:
     place = uri.split("://")[0] + "://…" if "@" in uri else uri  # never show a password
-    return RegistryError(f"an MLflow that answers at {place}", type(error).__name__, "start it or correct the URI")
+    return RegistryUnavailable(f"an MLflow that answers at {place}", type(error).__name__, "start it or correct the URI")
 
 
 def start(tracking: Tracking, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""What one training is to do. Two equal specs give the same bundle; their digest names its folder."""
+"""What one training is to do. Equal specs give the same bundle, and the digest of a spec names its folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DataRef(Frozen):
 
 
 class Limits(Frozen):
-    """What the job may use. Threads are part of the spec: they decide how sums are rounded."""
+    """What the job may use. Changes nothing but how sums are rounded."""
 
     threads: int
     device: str
@@ -43,8 +43,8 @@ class JobSpec(Frozen):
 
     @property
     def digest(self) -> str:
-        """Where the data lies does not count, what it holds does."""
-        return digest.of_json(self.model_dump(mode="json", exclude={"data": {"uri"}}))
+        """What is learned counts; where the data lies and on what the job runs does not."""
+        return digest.of_json(self.model_dump(mode="json", exclude={"data": {"uri"}, "limits": True}))
 
 
 def code_version() -> str:

@@ -1,0 +1,1 @@
+"""Using a version: labels and probabilities for texts."""

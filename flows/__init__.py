@@ -1,0 +1,15 @@
+"""What happens, in which order: one file a flow."""
+
+import os
+from pathlib import Path
+
+# Before Prefect is imported: nothing is sent home, a slow machine may take its time to start the server, our own log
+# lines reach the run's page, and a user without a Prefect profile keeps everything below `out/`.
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "adapterline")
+os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+if "PREFECT_API_URL" not in os.environ and not (Path.home() / ".prefect" / "profiles.toml").exists():
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(Path("out/stack/prefect").resolve())))
+    home.mkdir(parents=True, exist_ok=True)

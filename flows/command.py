@@ -1,0 +1,120 @@
+"""The command line of a flow: parameters in, exit code out, one line for each error."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from components import config
+from components.config import RetrainConfig
+from components.errors import AdapterlineError
+from infra import local
+
+
+def main(flow: Callable[[RetrainConfig], str], arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.retrain",
+        description="Retrain an adapter, compare it with full fine-tuning, register it if it passes the gate.",
+        epilog="exit code: 0 registered or up to date, 2 the gate failed, 3 the test part is too small, 1 an error",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--preset", help="a ready parameter set of flows/presets")
+    what.add_argument("--config", type=Path, help="your own YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. gate.margin=0.02")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
+    options = parser.parse_args(arguments)
+    _listen(options.debug)
+    try:
+        settings = config.load(config.preset(options.preset) if options.preset else options.config, _overrides(options.set))
+        with _servers(), _terminal():
+            flow(settings)
+            _closing(settings)
+    except (AdapterlineError, local.StackError) as error:
+        if options.debug:
+            raise
+        sys.stdout.flush()
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code if isinstance(error, AdapterlineError) else 1
+    except Exception as error:  # noqa: BLE001  # a bug of ours or of a library: one line too, and how to see more
+        if options.debug:
+            raise
+        sys.stderr.write(f"error: unexpected {type(error).__name__}; run again with --debug to see where\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: run the same command again to go on from the last checkpoint\n")
+        return 130
+    return 0
+
+
+def _overrides(pairs: list[str]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise config.ConfigError("--set KEY=VALUE", f"--set {pair}", "add the equals sign")
+        found[key] = value
+    return found
+
+
+@contextlib.contextmanager
+def _servers() -> Iterator[None]:
+    """The local stack, unless the environment names an MLflow of one's own."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        yield
+        return
+    with local.stack() as stack, local.exported(stack.environment):
+        yield
+
+
+@contextlib.contextmanager
+def _terminal() -> Iterator[None]:
+    from rich.console import Console
+
+    from flows.screen import Terminal
+
+    with Terminal(Console()):
+        yield
+
+
+def _listen(debug: bool) -> None:
+    """Our own lines on standard output; of the libraries nothing, for every error of theirs becomes one line of ours."""
+    log = logging.getLogger("adapterline")
+    log.setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    if debug:
+        return
+    import warnings
+
+    warnings.simplefilter("ignore")
+    import datasets
+
+    datasets.disable_progress_bars()
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+        for each in logging.getLogger(name).handlers:
+            if isinstance(each, logging.StreamHandler):
+                each.setLevel(logging.CRITICAL + 1)
+
+
+def _closing(settings: RetrainConfig) -> None:
+    """Predictions on the preset's own sentences, by the very command that a user would type, and where to look."""
+    python = os.path.relpath(sys.executable)
+    local_run = "" if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http") else f"{python} -m infra.local run -- "
+    version = f"models:/{settings.model}@candidate"
+    if settings.report.examples:
+        command = [sys.executable, "-m", "components.serving.score", version, "--text", *settings.report.examples]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        shown = answer.stdout.rstrip() or (answer.stderr.strip().splitlines() or ["no answer"])[-1]
+        print("\nprediction of the registered version:")
+        for text, line in zip(["", *settings.report.examples], shown.splitlines(), strict=False):
+            print(f"  {line}    {text}")
+    print("\nlook further:")
+    print(f"  {python} -m infra.local mlflow            runs, metrics, gate table and versions at http://127.0.0.1:5000")
+    print(f"  {local_run}{python} -m components.serving.score {version} --text 'your sentence'")

@@ -1,0 +1,50 @@
+"""Retrain one adapter and prove it: validate → split → baseline ∥ adapter → gate → register.
+
+    python -m flows.retrain --preset tweets
+    python -m flows.retrain --config my.yaml --set gate.margin=0.02
+    prefect deployment run retrain/nightly
+
+Exit code 0: registered, or up to date. 2: the gate failed. 3: the test part is too small to tell. 1: an error.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from prefect import flow
+
+from components.config import RetrainConfig
+from flows import screen, steps
+from flows.jobs import side_by_side
+
+
+@flow(name="retrain", persist_result=False)
+def retrain(config: RetrainConfig) -> str:
+    """Register a new candidate of `config.model` if it passes the gate. Returns the version that answers, as a URI.
+
+    Raises AdapterlineError; of these, GateFailed and GateInconclusive when the gate did not pass.
+    """
+    rows = steps.fetch(config)
+    plan = steps.plan(config, rows)
+    if standing := steps.up_to_date(config, plan):
+        screen.up_to_date(standing)
+        return standing.uri
+
+    with steps.recorded(config, rows, plan) as run:
+        steps.validate(config, rows, run)
+        split = steps.split(config, rows, run)
+        baseline, adapter = side_by_side(
+            steps.train, [plan.baseline(split), plan.adapter(split)], config.compute, run
+        )
+        report = steps.gate(config, split, baseline, adapter, run)
+        screen.results(report, baseline, adapter)
+        report.verdict.raise_unless_passed()
+        version = steps.register(config, plan, split, adapter, report, run)
+        screen.registered(version, adapter)
+    return version.uri
+
+
+if __name__ == "__main__":
+    from flows import command
+
+    sys.exit(command.main(retrain))

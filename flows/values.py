@@ -1,0 +1,102 @@
+"""What passes between the steps of a flow: small values with digests and places, never tables or models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from components import digest
+from components.base_model import BasePin
+from components.config import RetrainConfig
+from components.data.ledger import Record
+from components.evaluation.gate import GateReport
+from components.registry.bundle import Manifest
+from components.registry.tracking import Tracking
+from components.training.spec import DataRef, JobSpec, Limits, code_version
+
+# Settings that decide neither what is learned nor what is concluded.
+WITHOUT_EFFECT: dict[str, Any] = {
+    "compute": True, "registry": True, "report": True, "data": {"source", "revision"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as read, saved in the workspace. `revision` is the commit of a hub data set."""
+
+    path: Path
+    data_digest: str
+    source: str
+    revision: str | None
+    labels: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be trained, and the digest of everything that decides the outcome."""
+
+    config: RetrainConfig
+    base: BasePin
+    data_digest: str
+    labels: tuple[str, ...]
+    limits: Limits
+
+    @property
+    def digest(self) -> str:
+        settings = self.config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+        return digest.of_json([self.data_digest, settings, self.base.model_dump(mode="json"), digest.of_code("")])
+
+    def adapter(self, split: Record) -> JobSpec:
+        return self._job(split, self.config.adapter.method)
+
+    def baseline(self, split: Record) -> JobSpec:
+        return self._job(split, "full")
+
+    def _job(self, split: Record, method: str) -> JobSpec:
+        adapter, full = self.config.adapter, method == "full"
+        return JobSpec.model_validate(
+            {
+                "method": method,
+                "base": self.base,
+                "data": DataRef(uri=split.split_uri, digest=split.split_digest),
+                "labels": self.labels,
+                "bottleneck": None if full else adapter.bottleneck,
+                "schedule": self.config.baseline.schedule if full else adapter.schedule,
+                "training": self.config.training,
+                "limits": self.limits,
+                "seed": self.config.seed,
+                "code": code_version(),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parent run in MLflow, and the folder where this run's reports lie."""
+
+    tracking: Tracking
+    id: str
+    reports: Path
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished job: its bundle, its run in MLflow, and whether it was there already."""
+
+    folder: Path
+    manifest: Manifest
+    run_id: str
+    training_seconds: float
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The gate's report, and what the yardstick cost."""
+
+    verdict: GateReport
+    tfidf_seconds: float
+    tfidf_parameters: int
+    page: str

@@ -1,0 +1,1 @@
+"""What it runs on. Imports nothing of components or flows."""
