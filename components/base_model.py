@@ -156,9 +156,13 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     if revision is None:
-        raise BaseModelError(f"a revision of hub model {name}", "none", "set base.revision to a commit: a pin must not move")
+        raise BaseModelError(
+            f"a revision of hub model {name}", "none", "set base.revision to a commit: a pin must not move"
+        )
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseModelError(
             f"hub model {name} at revision {revision}",

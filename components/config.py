@@ -166,7 +166,9 @@ class GateConfig(Frozen):
 
 class ReportConfig(Frozen):
     show_samples: bool = Field(False, description="let reports show text of rows; off, no report or log does")
-    examples: tuple[str, ...] = Field((), description="texts that the new version classifies at the end of a run by hand")
+    examples: tuple[str, ...] = Field(
+        (), description="texts that the new version classifies at the end of a run by hand"
+    )
 
 
 class RegistryConfig(Frozen):
@@ -215,7 +217,9 @@ def load(path: Path, overrides: dict[str, str] | None = None) -> RetrainConfig:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError("a readable YAML file", f"{type(error).__name__} in {path}", "check path and syntax") from error
+        raise ConfigError(
+            "a readable YAML file", f"{type(error).__name__} in {path}", "check path and syntax"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError("a YAML mapping of parameters", f"{type(content).__name__} in {path}", "see flows/presets")
     for dotted, value in (overrides or {}).items():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from components import config
 from components.config import RetrainConfig
-from components.errors import AdapterlineError
+from components.errors import AdapterlineError, ConfigError
 from infra import local
 
 
@@ -26,12 +26,16 @@ def main(flow: Callable[[RetrainConfig], str], arguments: list[str] | None = Non
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--preset", help="a ready parameter set of flows/presets")
     what.add_argument("--config", type=Path, help="your own YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. gate.margin=0.02")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. gate.margin=0.02"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     options = parser.parse_args(arguments)
     _listen(options.debug)
     try:
-        settings = config.load(config.preset(options.preset) if options.preset else options.config, _overrides(options.set))
+        settings = config.load(
+            config.preset(options.preset) if options.preset else options.config, _overrides(options.set)
+        )
         with _servers(), _terminal():
             flow(settings)
             _closing(settings)
@@ -41,7 +45,7 @@ def main(flow: Callable[[RetrainConfig], str], arguments: list[str] | None = Non
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code if isinstance(error, AdapterlineError) else 1
-    except Exception as error:  # noqa: BLE001  # a bug of ours or of a library: one line too, and how to see more
+    except Exception as error:  # a bug of ours or of a library: one line too, and how to see more
         if options.debug:
             raise
         sys.stderr.write(f"error: unexpected {type(error).__name__}; run again with --debug to see where\n")
@@ -57,7 +61,7 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise config.ConfigError("--set KEY=VALUE", f"--set {pair}", "add the equals sign")
+            raise ConfigError("--set KEY=VALUE", f"--set {pair}", "add the equals sign")
         found[key] = value
     return found
 
@@ -83,7 +87,7 @@ def _terminal() -> Iterator[None]:
 
 
 def _listen(debug: bool) -> None:
-    """Our own lines on standard output; of the libraries nothing, for every error of theirs becomes one line of ours."""
+    """Our own lines on standard output; of the libraries nothing: every error of theirs becomes a line of ours."""
     log = logging.getLogger("adapterline")
     log.setLevel(logging.INFO)
     handler = logging.StreamHandler(sys.stdout)
@@ -93,20 +97,21 @@ def _listen(debug: bool) -> None:
         return
     import warnings
 
-    warnings.simplefilter("ignore")
     import datasets
 
+    warnings.simplefilter("ignore")
     datasets.disable_progress_bars()
-    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
-        for each in logging.getLogger(name).handlers:
-            if isinstance(each, logging.StreamHandler):
-                each.setLevel(logging.CRITICAL + 1)
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # for when Prefect configures logging again
+    for each in logging.getLogger().handlers:
+        each.setLevel(logging.CRITICAL)
 
 
 def _closing(settings: RetrainConfig) -> None:
     """Predictions on the preset's own sentences, by the very command that a user would type, and where to look."""
     python = os.path.relpath(sys.executable)
-    local_run = "" if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http") else f"{python} -m infra.local run -- "
+    local_run = (
+        "" if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http") else f"{python} -m infra.local run -- "
+    )
     version = f"models:/{settings.model}@candidate"
     if settings.report.examples:
         command = [sys.executable, "-m", "components.serving.score", version, "--text", *settings.report.examples]
@@ -116,5 +121,7 @@ def _closing(settings: RetrainConfig) -> None:
         for text, line in zip(["", *settings.report.examples], shown.splitlines(), strict=False):
             print(f"  {line}    {text}")
     print("\nlook further:")
-    print(f"  {python} -m infra.local mlflow            runs, metrics, gate table and versions at http://127.0.0.1:5000")
+    print(
+        f"  {python} -m infra.local mlflow            runs, metrics, gate table and versions at http://127.0.0.1:5000"
+    )
     print(f"  {local_run}{python} -m components.serving.score {version} --text 'your sentence'")

@@ -48,7 +48,12 @@ def side_by_side(
 
 
 def follow(
-    spec: JobSpec, out: Path, mlflow_run: str, tracking_uri: str, timeout_s: float, report: Callable[[progress.Event], None]
+    spec: JobSpec,
+    out: Path,
+    mlflow_run: str,
+    tracking_uri: str,
+    timeout_s: float,
+    report: Callable[[progress.Event], None],
 ) -> None:
     """Run one job to its end, passing on its progress.
 
@@ -59,7 +64,12 @@ def follow(
     path = out.with_suffix(".spec.json")
     path.write_text(spec.model_dump_json(indent=2))
     command = [sys.executable, "-m", "components.training.job", str(path), str(out), "--progress", "json"]
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking_uri, RUN_VARIABLE: mlflow_run, "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": tracking_uri,
+        RUN_VARIABLE: mlflow_run,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
         expired = _Alarm(process, timeout_s)
@@ -75,7 +85,9 @@ def follow(
         last = (errors.read().strip().splitlines() or ["no message"])[-1]
     if expired.fired:
         raise TrainingError(
-            f"job {spec.method} within {timeout_s / 3600:g} h", "one that is still running", "raise compute.timeout_hours; it resumes"
+            f"job {spec.method} within {timeout_s / 3600:g} h",
+            "one that is still running",
+            "raise compute.timeout_hours; it resumes",
         )
     if code < 0:
         name = signal.Signals(-code).name
@@ -86,7 +98,9 @@ def follow(
 
 
 def _failed(spec: JobSpec, line: str) -> TrainingError:
-    return TrainingError(f"job {spec.method} to finish", f"its message: {line}", "correct that and run again: it resumes")
+    return TrainingError(
+        f"job {spec.method} to finish", f"its message: {line}", "correct that and run again: it resumes"
+    )
 
 
 def _end(process: subprocess.Popen[Any]) -> None:

@@ -33,9 +33,7 @@ def retrain(config: RetrainConfig) -> str:
     with steps.recorded(config, rows, plan) as run:
         steps.validate(config, rows, run)
         split = steps.split(config, rows, run)
-        baseline, adapter = side_by_side(
-            steps.train, [plan.baseline(split), plan.adapter(split)], config.compute, run
-        )
+        baseline, adapter = side_by_side(steps.train, [plan.baseline(split), plan.adapter(split)], config.compute, run)
         report = steps.gate(config, split, baseline, adapter, run)
         screen.results(report, baseline, adapter)
         report.verdict.raise_unless_passed()

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from components.data.split import PARTS
 from components.evaluation.gate import GateReport
 from components.registry.versions import Version
 from components.training import progress
@@ -32,9 +33,12 @@ class Terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
-            TextColumn("          {task.description:<52}"), BarColumn(20), MofNCompleteColumn(), TextColumn("steps, left"),
+            TextColumn("          {task.description:<52}"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("steps, left"),
             TimeRemainingColumn(),
-        )  # fmt: skip
+        )
         self.progress: Progress = Progress(*columns, console=console, transient=True)
         self.bars: dict[str, Any] = {}
 
@@ -51,9 +55,19 @@ class Terminal:
 def bar(job: str, event: progress.Event | None) -> None:
     """Move the bar of a job; None removes it. Without a terminal, a log line at the end of each epoch."""
     terminal = Terminal.current
-    if event is not None and event.metrics is not None and (terminal is None or not terminal.progress.console.is_terminal):
+    if (
+        event is not None
+        and event.metrics is not None
+        and (terminal is None or not terminal.progress.console.is_terminal)
+    ):
         score = event.metrics["validation_accuracy"]
-        log.info("          %s: %s · validation accuracy %.1f %% · %.0f s left", job, progress.describe(event), 100 * score, event.eta_s)
+        log.info(
+            "          %s: %s · validation accuracy %.1f %% · %.0f s left",
+            job,
+            progress.describe(event),
+            100 * score,
+            event.eta_s,
+        )
     if terminal is None:
         return
     if event is None:
@@ -67,13 +81,11 @@ def bar(job: str, event: progress.Event | None) -> None:
 
 
 def data(counts: Mapping[str, int]) -> None:
-    log.info(
-        "split     %s rows kept, dropped %s exact duplicates and %s with contradicting labels: %s train, %s validation, %s test",
-        f"{counts['rows_kept']:,}",
-        f"{counts['exact_duplicates_dropped']:,}",
-        f"{counts['contradicting_rows_dropped']:,}",
-        *(f"{counts[f'rows_{part}']:,}" for part in ("train", "validation", "test")),
-    )
+    kept, duplicates = counts["rows_kept"], counts["exact_duplicates_dropped"]
+    parts = ", ".join(f"{counts[f'rows_{part}']:,} {part}" for part in PARTS)
+    contradicting = counts["contradicting_rows_dropped"]
+    log.info("split     %s rows kept: %s", f"{kept:,}", parts)
+    log.info("          dropped %s exact duplicates, %s rows with contradicting labels", duplicates, contradicting)
 
 
 def trained(role: str, spec: JobSpec, measured: Mapping[str, Any], reused: bool) -> None:
@@ -110,7 +122,9 @@ def registered(version: Version, adapter: Trained) -> None:
 
 
 def up_to_date(version: Version) -> None:
-    log.info("up to date: version %s of %s answers for this data, configuration, code and base", version.number, version.name)
+    log.info(
+        "up to date: version %s of %s answers for this data, configuration, code and base", version.number, version.name
+    )
     log.info("          %s (%s)", version.uri, _bytes(version.size))
 
 
@@ -129,7 +143,9 @@ def _comparison(judged: Judged, baseline: Trained, adapter: Trained) -> list[str
         if name in scores:
             manifest = job.manifest
             parameters = f"{manifest.trained_parameters:,} ({manifest.trained_share:.2%})"
-            table.add_row(label, *_scores(scores[name]), parameters, f"{job.training_seconds:.0f} s", _bytes(manifest.bytes))
+            table.add_row(
+                label, *_scores(scores[name]), parameters, f"{job.training_seconds:.0f} s", _bytes(manifest.bytes)
+            )
     if "TF-IDF" in scores:
         seconds = f"{judged.tfidf_seconds:.1f} s"
         table.add_row("TF-IDF + logistic", *_scores(scores["TF-IDF"]), f"{judged.tfidf_parameters:,}", seconds, "–")

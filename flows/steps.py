@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("adapterline")
 
+
 def _can_help(task: Any, task_run: Any, state: Any) -> bool:
     """Retry what a server or the kernel did to us, never what is wrong with data or parameters."""
     error = state.result(raise_on_failure=False)
@@ -120,7 +121,9 @@ def validate(config: RetrainConfig, rows: Rows, run: Run) -> None:
     for warning in report.warnings:
         log.warning("warning   expected %s; found %s", warning.expected, warning.found)
     report.raise_for_errors(str(page))
-    log.info("validated %d expectations met, %d warnings", len(report.outcomes) - len(report.warnings), len(report.warnings))
+    log.info(
+        "validated %d expectations met, %d warnings", len(report.outcomes) - len(report.warnings), len(report.warnings)
+    )
 
 
 @task(**RETRIED, name="split")
@@ -133,7 +136,9 @@ def split(config: RetrainConfig, rows_: Rows, run: Run) -> Record:
     if record is None:
         with tempfile.TemporaryDirectory() as folder:
             frozen = ledger.load_frozen(earlier[-1].split_uri, Path(folder)) if earlier else None
-            record = ledger.accept(store, config.model, split_rows(cleaned, config.split, frozen), rows_.data_digest, settings)
+            record = ledger.accept(
+                store, config.model, split_rows(cleaned, config.split, frozen), rows_.data_digest, settings
+            )
     counts = {
         "rows_read": cleaned.read,
         "rows_kept": len(cleaned.table),
@@ -143,7 +148,9 @@ def split(config: RetrainConfig, rows_: Rows, run: Run) -> Record:
     }
     tracking.record(run.tracking, run.id, metrics=counts)
     contradictions = {"contradicting_row_ids": cleaned.contradicting, **counts}
-    tracking.keep(run.tracking, run.id, {"data/split.json": json.dumps({**record.model_dump(), **contradictions}, indent=2)})
+    tracking.keep(
+        run.tracking, run.id, {"data/split.json": json.dumps({**record.model_dump(), **contradictions}, indent=2)}
+    )
     screen.data(counts)
     return record
 
@@ -185,13 +192,14 @@ def train(spec: JobSpec, compute: ComputeConfig, run: Run) -> Trained:
 
 def _follow(spec: JobSpec, out: Path, run: Run, run_id: str, compute: ComputeConfig) -> None:
     """Run the job, showing its progress on the screen and on the run's page."""
-    artifact = create_progress_artifact(0.0, key=f"training-{spec.method}", description=f"training {spec.method}")
-    shown = [0.0]
+    artifact: Any = create_progress_artifact(0.0, key=f"training-{spec.method}", description=f"training {spec.method}")
+    shown = 0.0
 
     def report(event: progress.Event) -> None:
+        nonlocal shown
         screen.bar(spec.method, event)
-        if event.metrics is not None or time.monotonic() - shown[0] > 5:
-            shown[0] = time.monotonic()
+        if event.metrics is not None or time.monotonic() - shown > 5:
+            shown = time.monotonic()
             update_progress_artifact(artifact, 100 * event.step / event.steps, progress.describe(event))
 
     try:
@@ -235,7 +243,11 @@ def gate(config: RetrainConfig, split: Record, baseline: Trained, adapter: Train
     tracking.record(
         run.tracking,
         run.id,
-        metrics={f"{who}/{name}".replace(" ", "_"): e.value for who, all_ in report.scores.items() for name, e in all_.items()},
+        metrics={
+            f"{who}/{name}".replace(" ", "_"): e.value
+            for who, all_ in report.scores.items()
+            for name, e in all_.items()
+        },
         tags={"verdict": report.verdict},
     )
     return Judged(report, tfidf.seconds, tfidf.parameters, run.tracking.page(run.id, "gate/gate.json"))

@@ -106,7 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with stack(options.folder) as up:
             if options.verb == "run":
-                command = [word for word in options.command if word != "--"] if options.command[:1] == ["--"] else options.command
+                command = (
+                    [word for word in options.command if word != "--"]
+                    if options.command[:1] == ["--"]
+                    else options.command
+                )
                 if not command:
                     parser.error("run needs a command")
                 return subprocess.run(command, env={**os.environ, **up.environment}, check=False).returncode
@@ -131,7 +135,9 @@ def _mlflow(up: Stack, port: int) -> int:
         "--backend-store-uri", up.environment["MLFLOW_TRACKING_URI"],
         "--artifacts-destination", f"s3://{BUCKET}/mlflow",
     ]  # fmt: skip
-    settings = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # would start eight more processes that nothing here uses
+    settings = {
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"
+    }  # would start eight more processes that nothing here uses
     return subprocess.run(command, env={**os.environ, **up.environment, **settings}, check=False).returncode
 
 
@@ -158,9 +164,13 @@ def _start(folder: Path) -> int:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise StackError(f"expected the S3 store to start; found exit code {process.returncode}; see {folder / 's3.log'}")
+            raise StackError(
+                f"expected the S3 store to start; found exit code {process.returncode}; see {folder / 's3.log'}"
+            )
         if _healthy(s3):
-            (folder / "s3.json").write_text(json.dumps({"pid": process.pid, "port": s3, "started": _started(process.pid)}))
+            (folder / "s3.json").write_text(
+                json.dumps({"pid": process.pid, "port": s3, "started": _started(process.pid)})
+            )
             return s3
         time.sleep(0.1)
     process.terminate()
@@ -217,7 +227,7 @@ def _started(pid: int) -> str | None:
 
 def _healthy(port: int) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2) as answer:  # noqa: S310  # our own URL
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=2) as answer:  # our own URL
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
@@ -228,9 +238,9 @@ def _credentials(folder: Path) -> dict[str, str]:
     path = folder / "credentials.json"
     if not path.is_file():
         keys = {"AWS_ACCESS_KEY_ID": secrets.token_hex(10), "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30)}
-        with contextlib.suppress(FileExistsError):
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123  # for the mode
-                json.dump(keys, file)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)  # private from its first moment
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(keys, file)
     found: dict[str, str] = json.loads(path.read_text())
     return found
 

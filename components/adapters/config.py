@@ -11,7 +11,7 @@ PEFT_TYPE = "BOTTLENECK"
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # PEFT ships no types
+class BottleneckConfig(PeftConfig):
     """Bottleneck adapters: down-projection, non-linearity, up-projection, residual.
 
     Houlsby et al. 2019 (https://arxiv.org/abs/1902.00751) put one after attention and one after the feed-forward,
@@ -32,7 +32,9 @@ class BottleneckConfig(PeftConfig):  # type: ignore[misc]  # PEFT ships no types
     original_ln_before: bool = field(default=True, metadata={"help": "the adapter reads the layer norm's output"})
     train_layer_norm: bool = field(default=False, metadata={"help": "train copies of the layer norms that follow"})
     leave_out: list[int] = field(default_factory=list, metadata={"help": "layers without adapter, from 0"})
-    target_modules: list[str] | None = field(default=None, metadata={"help": "module names; by default those of the model family"})
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "module names; by default those of the model family"}
+    )
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "further trained modules: the head"})
 
     def __post_init__(self) -> None:

@@ -42,17 +42,20 @@ class Bottleneck(nn.Module):
         return output
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT ships no types
+class BottleneckLayer(nn.Module, BaseTunerLayer):
     """Wraps the module that an adapter follows. With several active adapters their contributions add up."""
 
     adapter_layer_names = ("bottleneck_adapters",)
+
+    base_layer: Any  # a module; torch types attributes of modules too widely to call them
+    bottleneck_adapters: Any
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_adapters = nn.ModuleDict()
         self._disable_adapters = False
-        self._active_adapter = []
+        self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
 
     @property

@@ -14,7 +14,7 @@ from components.adapters.places import layer_names, of_family
 from components.errors import ConfigError
 
 
-class BottleneckModel(BaseTuner):  # type: ignore[misc]  # PEFT ships no types
+class BottleneckModel(BaseTuner):
     """Made by `peft.get_peft_model(model, BottleneckConfig(...))`."""
 
     prefix = "bottleneck_"
@@ -48,7 +48,7 @@ class BottleneckModel(BaseTuner):  # type: ignore[misc]  # PEFT ships no types
         self._replace_module(parent, target_name, layer, target)
 
 
-def _targets(model: nn.Module, config: BottleneckConfig) -> tuple[list[str], list[str]]:
+def _targets(model: Any, config: BottleneckConfig) -> tuple[list[str], list[str]]:
     """Names of the modules to wrap and of the layer norms to train."""
     places = of_family(model.config.model_type)
     layers = layer_names(model, places)

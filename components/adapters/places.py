@@ -7,6 +7,7 @@ that follows it. All families here are post-norm: x = norm(x + dense(...)).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +25,9 @@ class Places:
     output_norm: str
 
 
-_BERT = Places("encoder.layer", "attention.output.dense", "attention.output.LayerNorm", "output.dense", "output.LayerNorm")
+_BERT = Places(
+    "encoder.layer", "attention.output.dense", "attention.output.LayerNorm", "output.dense", "output.LayerNorm"
+)
 
 FAMILIES = {
     "bert": _BERT,
@@ -55,8 +58,8 @@ def layer_names(model: nn.Module, places: Places) -> list[str]:
     raise ConfigError(f"transformer layers at {places.layers}", "none in the model", "check the model's architecture")
 
 
-def positions(model: nn.Module) -> int:
+def positions(model: Any) -> int:
     """Tokens that the model can read at once. Families of RoBERTa and MPNet keep two positions for padding."""
     config = model.config
     offset = 2 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
-    return int(config.max_position_embeddings) - offset  # type: ignore[union-attr,arg-type]
+    return int(config.max_position_embeddings) - offset

@@ -1,7 +1,7 @@
 """Which data a model was given, in order: one numbered record for each accepted data set, never overwritten.
 
-    STORE/data/MODEL/000001.json           the record: digests, counts, where the split lies
-    STORE/splits/DIGEST/train.parquet …    the split itself, so that any version can be evaluated again later
+STORE/data/MODEL/000001.json           the record: digests, counts, where the split lies
+STORE/splits/DIGEST/train.parquet …    the split itself, so that any version can be evaluated again later
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def accept(store: str, model: str, split: Split, data_digest: str, split_config_
     digest = split.digest
     uri = storage.join(store, "splits", digest)
     save(split, uri)
-    counts = {name: 0 for name in split.labels}
+    counts = dict.fromkeys(split.labels, 0)
     for table in split.parts.values():
         for code in table["label"]:
             counts[split.labels[code]] += 1

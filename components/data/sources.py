@@ -9,6 +9,7 @@ The result has the columns `text`, `text_pair` (when configured), `label` and `i
 
 from __future__ import annotations
 
+import codecs
 import re
 import tempfile
 from dataclasses import dataclass
@@ -55,13 +56,16 @@ def read(config: DataConfig) -> Rows:
         with tempfile.TemporaryDirectory() as folder:
             name = config.source.rsplit("/", 1)[-1]
             table = _file(storage.download(config.source, Path(folder) / name), config)
-    elif Path(config.source).exists() or not HUB_ID.match(config.source):
-        table = _file(Path(config.source), config)
-    elif config.source.endswith(tuple(FORMATS)):  # shaped like a hub id, but plainly meant as a file
+    elif _is_file(config.source):
         table = _file(Path(config.source), config)
     else:
         table, revision = _hub(config)
     return Rows(Dataset(_checked(table, config)), config.source, revision)
+
+
+def _is_file(source: str) -> bool:
+    """`data/rows.csv` has the shape of a hub id, but is plainly meant as a file even when it is not there."""
+    return Path(source).exists() or not HUB_ID.match(source) or source.endswith((*FORMATS, ".gz"))
 
 
 def _file(path: Path, config: DataConfig) -> pa.Table:
@@ -102,7 +106,9 @@ def _delimited(path: Path, delimiter: str, columns: Columns) -> pa.Table:
     from pyarrow import csv
 
     with pa.input_stream(path, compression="detect") as stream:
-        header = csv.open_csv(stream, parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)).schema
+        header = csv.open_csv(
+            stream, parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        ).schema
     wanted = _wanted(columns, header.names, path.name)
     with pa.input_stream(path, compression="detect") as stream:
         return csv.read_csv(
@@ -199,7 +205,7 @@ def _strings(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
         column = pc.if_else(pc.is_nan(column), None, column)
         try:
             column = column.cast(pa.int64())
-        except pa.ArrowInvalid as error:
+        except pa.ArrowInvalid:
             raise DataError(f"text or whole numbers in column {name}", "fractions", "correct data.columns") from None
     if pa.types.is_nested(kind) or pa.types.is_binary(kind):
         raise DataError(f"text or whole numbers in column {name}", f"type {kind}", "correct data.columns")
@@ -232,7 +238,9 @@ def _unique(column: pa.ChunkedArray, name: str) -> None:
     repeated = len(column) - pc.count_distinct(column).as_py()
     if repeated:
         raise DataError(
-            f"a different id in every row of column {name}", f"{repeated} repeated ids", "correct the ids or data.columns.id"
+            f"a different id in every row of column {name}",
+            f"{repeated} repeated ids",
+            "correct the ids or data.columns.id",
         )
 
 
@@ -260,7 +268,7 @@ def _damaged(path: Path, error: Exception) -> DataError:
 def _is_utf8(path: Path) -> bool:
     if path.suffix in (".gz", ".parquet"):
         return True
-    decoder = __import__("codecs").getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         with path.open("rb") as file:
             while block := file.read(1 << 20):

@@ -146,7 +146,8 @@ def _broken(evidence: Evidence) -> str | None:
 
 
 def _correct(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Floats:
-    return (probabilities.argmax(axis=1) == labels).astype(float)
+    right: Floats = (probabilities.argmax(axis=1) == labels).astype(float)
+    return right
 
 
 def _against_baseline(evidence: Evidence, config: GateConfig, rng: np.random.Generator) -> RuleVerdict:
@@ -240,9 +241,16 @@ def _compared(
 ) -> RuleVerdict:
     found = non_inferiority(adapter, other, margin, rng, config.confidence, config.resamples)
     return RuleVerdict(
-        rule, found.verdict, found.difference, -margin, _reason(found, margin, config), found.rows, found.low, found.high,
-        found.rows_needed,
-    )  # fmt: skip
+        rule=rule,
+        verdict=found.verdict,
+        value=found.difference,
+        bound=-margin,
+        reason=_reason(found, margin, config),
+        rows=found.rows,
+        low=found.low,
+        high=found.high,
+        rows_needed=found.rows_needed,
+    )
 
 
 def _reason(found: Comparison, margin: float, config: GateConfig) -> str:

@@ -53,7 +53,8 @@ def recalls(matrix: npt.NDArray[np.generic]) -> Floats:
 def losses(labels: Ints, probabilities: Floats) -> Floats:
     """Negative log probability of the true class, nats, (rows,)."""
     chosen = probabilities[np.arange(len(labels)), labels].astype(float)
-    return -np.log(np.maximum(chosen, SMALLEST))
+    negative: Floats = -np.log(np.maximum(chosen, SMALLEST))
+    return negative
 
 
 def ece(labels: Ints, probabilities: Floats) -> float:

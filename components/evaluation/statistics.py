@@ -126,7 +126,9 @@ def _rows_needed(values: Floats, shares: Floats, seen: float, margin: float, con
     return math.ceil(variance * (quantiles / distance) ** 2)
 
 
-def _confusions(matrix: npt.NDArray[np.int64], resamples: int, rng: np.random.Generator) -> Iterator[npt.NDArray[np.int64]]:
+def _confusions(
+    matrix: npt.NDArray[np.int64], resamples: int, rng: np.random.Generator
+) -> Iterator[npt.NDArray[np.int64]]:
     """Blocks of resampled confusion matrices: resampling rows is a multinomial draw over the cells they fall into."""
     cells = np.flatnonzero(matrix)
     counts = matrix.flat[cells]

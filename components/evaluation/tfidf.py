@@ -24,7 +24,10 @@ class Yardstick:
 
 
 def yardstick(train: Dataset, test: Dataset, labels: Sequence[str], seed: int) -> Yardstick:
-    """Fit on words and word pairs of the train part, score the test part. Tables have `text`, [`text_pair`], `label`."""
+    """Fit on words and word pairs of the train part, score the test part.
+
+    Both have columns `text`, [`text_pair`], `label`.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -1,17 +1,16 @@
 """The bundle: the folder a job leaves. Only safetensors and JSON, so nothing in it can execute.
 
-    adapter_config.json, adapter_model.safetensors    the adapter with its head, as PEFT saves it …
-    config.json, model.safetensors                    … or, for method `full`, the whole model
-    job.json              the spec it was made from
-    metrics.json          scores, parameters, seconds, one entry an epoch
-    predictions.safetensors    test part: `rows` (ids), `labels`, `probabilities`
-    manifest.json         written last: its presence means complete
+adapter_config.json, adapter_model.safetensors    the adapter with its head, as PEFT saves it …
+config.json, model.safetensors                    … or, for method `full`, the whole model
+job.json              the spec it was made from
+metrics.json          scores, parameters, seconds, one entry an epoch
+predictions.safetensors    test part: `rows` (ids), `labels`, `probabilities`
+manifest.json         written last: its presence means complete
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ from components.errors import BundleError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 MANIFEST = "manifest.json"
 PREDICTIONS = "predictions.safetensors"
@@ -113,14 +111,18 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except ValueError as error:
-        raise BundleError(f"a readable {MANIFEST}", "one that is damaged or of another format", "fetch it again") from error
+        raise BundleError(
+            f"a readable {MANIFEST}", "one that is damaged or of another format", "fetch it again"
+        ) from error
     for name, file in manifest.files.items():
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
             raise BundleError("files inside the bundle", f"a path that leads out, {name!r}", "do not use this bundle")
         found = digest.of_file(path) if path.is_file() else "no such file"
         if found != file.sha256:
-            raise BundleError(f"{name} with sha256 {file.sha256[:12]}", found[:12], "the bundle was changed: fetch it again")
+            raise BundleError(
+                f"{name} with sha256 {file.sha256[:12]}", found[:12], "the bundle was changed: fetch it again"
+            )
     extra = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     extra -= {MANIFEST, *manifest.files}
     if extra:
@@ -143,14 +145,14 @@ def read_predictions(folder: Path) -> Predictions:
     return Predictions([f"{row:016x}" for row in tensors["rows"]], tensors["labels"], tensors["probabilities"])
 
 
-def save_model(folder: Path, model: nn.Module, base: BasePin) -> None:
+def save_model(folder: Path, model: Any, base: BasePin) -> None:
     """Write what was trained: adapter and head, or the whole model of method `full`."""
     if not hasattr(model, "peft_config"):
-        model.save_pretrained(folder)  # type: ignore[operator]  # a transformers model
+        model.save_pretrained(folder)
         return
-    for config in model.peft_config.values():  # type: ignore[union-attr,operator]
+    for config in model.peft_config.values():
         config.base_model_name_or_path = base.name  # not the path on this machine
-    model.save_pretrained(folder, selected_adapters=[ADAPTER_NAME])  # type: ignore[operator]
+    model.save_pretrained(folder, selected_adapters=[ADAPTER_NAME])
     # PEFT puts a named adapter into a folder of that name, and a model card beside it that says nothing.
     for path in (folder / ADAPTER_NAME).iterdir():
         path.rename(folder / path.name)
@@ -158,7 +160,7 @@ def save_model(folder: Path, model: nn.Module, base: BasePin) -> None:
     (folder / "README.md").unlink(missing_ok=True)
 
 
-def load_model(folder: Path, manifest: Manifest, base: BaseModel) -> nn.Module:
+def load_model(folder: Path, manifest: Manifest, base: BaseModel) -> Any:
     """The model of a bundle, ready to predict.
 
     Raises BundleError when a tensor is missing, unexpected or of another shape, or the base is another one.
@@ -206,7 +208,7 @@ def _require_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
     if missing or unexpected:
         raise BundleError(
             f"{len(wanted)} tensors",
-            f"{len(found)}, of which missing: {', '.join(missing[:3]) or 'none'}, unexpected: {', '.join(unexpected[:3]) or 'none'}",
+            f"{len(found)}; missing: {_few(missing)}; unexpected: {_few(unexpected)}",
             "the bundle was made by other code or for another base",
         )
     for name, tensor in wanted.items():
@@ -214,3 +216,7 @@ def _require_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor
             raise BundleError(
                 f"{name} of shape {tuple(tensor.shape)}", f"{tuple(found[name].shape)}", "the base has another size"
             )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) or "none"

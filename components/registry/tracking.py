@@ -41,7 +41,9 @@ def connect(config: RegistryConfig) -> Tracking:
     uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise RegistryError(
-            "an MLflow tracking URI", "none", "set MLFLOW_TRACKING_URI or registry.tracking_uri, or run under `infra.local`"
+            "an MLflow tracking URI",
+            "none",
+            "set MLFLOW_TRACKING_URI or registry.tracking_uri, or run under `infra.local`",
         )
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
@@ -72,7 +74,9 @@ def load_mlflow(uri: str) -> Any:
 
 def unreachable(uri: str, error: Exception) -> RegistryUnavailable:
     place = uri.split("://")[0] + "://…" if "@" in uri else uri  # never show a password
-    return RegistryUnavailable(f"an MLflow that answers at {place}", type(error).__name__, "start it or correct the URI")
+    return RegistryUnavailable(
+        f"an MLflow that answers at {place}", type(error).__name__, "start it or correct the URI"
+    )
 
 
 def start(tracking: Tracking, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -57,7 +57,9 @@ def with_alias(tracking: Tracking, name: str, alias: str) -> Version | None:
         if error.error_code in absent:
             return None
         raise
-    return Version(name, str(found.version), _artifact_uri(tracking, name, str(found.version)), _size(found.tags), found.tags)
+    return Version(
+        name, str(found.version), _artifact_uri(tracking, name, str(found.version)), _size(found.tags), found.tags
+    )
 
 
 def answering(tracking: Tracking, name: str, run_digest: str) -> Version | None:
@@ -97,7 +99,9 @@ def register(
             name, model.model_uri, run_id=run_id, tags={"state": "unproven", **tags}, model_id=model.model_id
         )
     except MlflowException as error:
-        raise RegistryError(f"MLflow to take a version of {name}", _line(error), "nothing was registered; run again") from error
+        raise RegistryError(
+            f"MLflow to take a version of {name}", _line(error), "nothing was registered; run again"
+        ) from error
     number = str(made.version)
     try:
         _prove(tracking, f"models:/{name}/{number}", test, folder)
@@ -149,7 +153,9 @@ def _prove(tracking: Tracking, version: str, test: Dataset, folder: Path) -> Non
     for _ in range(2):
         found = score(tracking, version, test, labels)
         if found.shape != predictions.probabilities.shape:
-            raise RegistryError(f"{predictions.probabilities.shape} probabilities", f"{found.shape}", "the version was taken back")
+            raise RegistryError(
+                f"{predictions.probabilities.shape} probabilities", f"{found.shape}", "the version was taken back"
+            )
         gaps.append(float(np.abs(found - predictions.probabilities).max()))
         if gaps[-1] <= TOLERANCE:
             return
@@ -178,7 +184,9 @@ def _measure(uri: str) -> int:
     store = get_artifact_repository(uri)
 
     def below(path: str | None) -> int:
-        return sum(below(entry.path) if entry.is_dir else int(entry.file_size or 0) for entry in store.list_artifacts(path))
+        return sum(
+            below(entry.path) if entry.is_dir else int(entry.file_size or 0) for entry in store.list_artifacts(path)
+        )
 
     return below(None)
 

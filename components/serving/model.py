@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class AdapterModel(PythonModel):  # type: ignore[misc]  # MLflow ships no types that strict mode accepts
+class AdapterModel(PythonModel):
     """Text classification by base and adapter."""
 
     def load_context(self, context: Any) -> None:

@@ -1,7 +1,7 @@
 """A registered version in a process of its own: score saved rows, or classify texts from the command line.
 
-    python -m components.serving.score models:/tweets-sentiment@candidate --text "What a day!" "Never again."
-    python -m components.serving.score models:/tweets-sentiment/3 --rows test.parquet --out probabilities.safetensors
+python -m components.serving.score models:/tweets-sentiment@candidate --text "What a day!" "Never again."
+python -m components.serving.score models:/tweets-sentiment/3 --rows test.parquet --out probabilities.safetensors
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def load(version: str) -> Any:
     try:
         return mlflow.pyfunc.load_model(version)
     except mlflow.MlflowException as error:
-        raise RegistryError(f"a registered version {version}", str(error).splitlines()[0], "check name and alias") from error
+        raise RegistryError(
+            f"a registered version {version}", str(error).splitlines()[0], "check name and alias"
+        ) from error
 
 
 def _score(model: Any, rows: Path, out: Path) -> None:

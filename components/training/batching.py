@@ -82,7 +82,9 @@ def scoring_batches(lengths: npt.NDArray[np.int64], size: int) -> Iterator[npt.N
         yield order[start : start + size]
 
 
-def collate(tokens: Tokens, rows: Sequence[int] | npt.NDArray[np.int64], padding: int, device: torch.device) -> dict[str, torch.Tensor]:
+def collate(
+    tokens: Tokens, rows: Sequence[int] | npt.NDArray[np.int64], padding: int, device: torch.device
+) -> dict[str, torch.Tensor]:
     """Model inputs of some rows, padded to the longest: `input_ids`, `attention_mask`, [`token_type_ids`].
 
     Each (batch, tokens).

@@ -1,7 +1,7 @@
 """Checkpoints at the end of each epoch: single safetensors files, written aside and moved into place.
 
-    checkpoint/last.safetensors   trained weights, optimiser moments, and in the header where training is: to go on from
-    checkpoint/best.safetensors   trained weights of the best epoch so far: what the bundle will hold
+checkpoint/last.safetensors   trained weights, optimiser moments, and in the header where training is: to go on from
+checkpoint/best.safetensors   trained weights of the best epoch so far: what the bundle will hold
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def _existing(spec: JobSpec, folder: Path) -> bundle.Manifest:
     manifest = bundle.read_manifest(folder)
     if manifest.job_digest != spec.digest:
         raise ConfigError(
-            f"the bundle of job {spec.digest[:12]} at {folder}", f"that of {manifest.job_digest[:12]}", "name another folder"
+            f"the bundle of job {spec.digest[:12]} at {folder}",
+            f"that of {manifest.job_digest[:12]}",
+            "name another folder",
         )
     return manifest
 
@@ -75,7 +77,9 @@ def _train(spec: JobSpec, out: Path, report: progress.Progress) -> bundle.Manife
     if bundle.is_complete(out):
         return _existing(spec, out)
     if spec.code != code_version():
-        raise ConfigError(f"code version {spec.code[:12]}", code_version()[:12], "run the job with the code that wrote its spec")
+        raise ConfigError(
+            f"code version {spec.code[:12]}", code_version()[:12], "run the job with the code that wrote its spec"
+        )
     out.mkdir(parents=True, exist_ok=True)
 
     import torch
@@ -132,7 +136,9 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("a CUDA device", "none that torch can use", "set compute.device: cpu, or run where a GPU is")
+        raise TrainingError(
+            "a CUDA device", "none that torch can use", "set compute.device: cpu, or run where a GPU is"
+        )
     return torch.device(name)
 
 
@@ -162,7 +168,9 @@ def _model(spec: JobSpec, base: Any, device: torch.device) -> tuple[nn.Module, i
     model, head = base_model.load_classifier(base, spec.labels)
     longest = positions(model)
     if spec.training.max_tokens > longest:
-        raise ConfigError(f"training.max_tokens of at most {longest}", f"{spec.training.max_tokens}", "the base reads no more")
+        raise ConfigError(
+            f"training.max_tokens of at most {longest}", f"{spec.training.max_tokens}", "the base reads no more"
+        )
     frozen = sum(parameter.numel() for parameter in model.base_model.parameters())
     if spec.bottleneck is None:
         return model.to(device), 0
@@ -172,7 +180,12 @@ def _model(spec: JobSpec, base: Any, device: torch.device) -> tuple[nn.Module, i
 
 
 def _metrics(
-    spec: JobSpec, state: Any, tokens: dict[str, Any], predictions: bundle.Predictions, trained: int, device: torch.device
+    spec: JobSpec,
+    state: Any,
+    tokens: dict[str, Any],
+    predictions: bundle.Predictions,
+    trained: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     from components.evaluation import metrics
 
@@ -192,7 +205,9 @@ def _metrics(
     }
 
 
-def _write(out: Path, spec: JobSpec, model: nn.Module, predictions: bundle.Predictions, measured: dict[str, Any]) -> None:
+def _write(
+    out: Path, spec: JobSpec, model: nn.Module, predictions: bundle.Predictions, measured: dict[str, Any]
+) -> None:
     import json
 
     bundle.save_model(out, model, spec.base)

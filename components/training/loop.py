@@ -41,7 +41,7 @@ class State:
 class Learner:
     """A model with all that changes while it learns."""
 
-    model: nn.Module
+    model: Any  # a transformers model, with or without adapters; torch types its attributes too widely
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     device: torch.device
@@ -51,9 +51,7 @@ class Learner:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
-def learner(
-    model: nn.Module, schedule: Schedule, training: TrainingConfig, rows: int, device: torch.device
-) -> Learner:
+def learner(model: nn.Module, schedule: Schedule, training: TrainingConfig, rows: int, device: torch.device) -> Learner:
     """AdamW with a learning rate for each group, warmed up and then falling linearly to zero."""
     rates = schedule.learning_rates
     groups: list[dict[str, Any]] = []
@@ -118,7 +116,9 @@ def fit(
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 raise TrainingError(
-                    "a finite loss", f"{losses[-1]} at step {state.step + 1}", "lower the learning rates, or set precision: fp32"
+                    "a finite loss",
+                    f"{losses[-1]} at step {state.step + 1}",
+                    "lower the learning rates, or set precision: fp32",
                 )
             state.step += 1
             tokens = int(train.lengths[rows].sum())
@@ -137,7 +137,7 @@ def fit(
     return state
 
 
-def predict(model: nn.Module, tokens: Tokens, padding: int, device: torch.device) -> npt.NDArray[np.float32]:
+def predict(model: Any, tokens: Tokens, padding: int, device: torch.device) -> npt.NDArray[np.float32]:
     """Class probabilities, (rows, classes), in the order of `tokens`.
 
     Always in float32 and without dropout, so that they do not depend on which rows share a batch.
@@ -155,7 +155,9 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
     """bfloat16 where the device computes in it, else float32. Raises TrainingError when it is asked for and missing."""
     able = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
     if precision == "bf16" and not able:
-        raise TrainingError("a device that computes in bfloat16", f"{device.type} without it", "set training.precision: auto")
+        raise TrainingError(
+            "a device that computes in bfloat16", f"{device.type} without it", "set training.precision: auto"
+        )
     if precision == "fp32" or not able:
         return nullcontext
     return lambda: torch.autocast(device.type, torch.bfloat16)
@@ -164,7 +166,9 @@ def autocast(device: torch.device, precision: str) -> Callable[[], AbstractConte
 def _cpu_has_bf16() -> bool:
     from torch.backends import cpu
 
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()) and "AVX512" in cpu.get_cpu_capability()
+    return (
+        bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()) and "AVX512" in cpu.get_cpu_capability()
+    )
 
 
 def _training_mode(model: nn.Module) -> None:

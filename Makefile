@@ -1,0 +1,42 @@
+# Each target does all its own set-up. `make demo` and `make test` are all that a newcomer needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Where torch comes from: a folder of wheels that pip is configured to look at, else uv looks at the machine and takes
+# the CPU build where there is no GPU, so that no CUDA package is downloaded in vain.
+WHEELS = $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+TORCH_SOURCE = $(if $(WHEELS),--find-links "$(WHEELS)",--torch-backend=$(or $(UV_TORCH_BACKEND),auto))
+
+.PHONY: help install demo test lint mlflow clean
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: .venv/installed  ## make the virtual environment
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	  || { echo "expected Python 3.11 or 3.12; found $$($(PYTHON) --version); set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_SOURCE) --editable '.[dev]'
+	@touch $@
+
+demo: install  ## adapt a real model to real data, compare it with full fine-tuning, register it
+	@$(BIN)/python -m flows.retrain --preset tweets
+
+test: install  ## all tests
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: install  ## style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+mlflow: install  ## review runs in the MLflow UI
+	@$(BIN)/python -m infra.local mlflow
+
+clean:  ## remove the environment and everything that was trained here
+	rm -rf .venv out build *.egg-info
