@@ -40,6 +40,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
     "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # as the families call it
 HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 # Where a base lies on this machine, when it is not where its name says: `ADAPTERLINE_BASE=/models/my-base`.
 PATH_VARIABLE = "ADAPTERLINE_BASE"
@@ -104,15 +105,23 @@ def load_classifier(base: BaseModel, labels: tuple[str, ...]) -> tuple[PreTraine
     The head is what the checkpoint does not hold and training therefore must make: it is drawn from the current random
     state, so seed first. Attention dropout is off: it sends attention to a slow path and a frozen base gains nothing.
     """
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     with _quiet():
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
+        config = AutoConfig.from_pretrained(
             base.path,
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={name: code for code, name in enumerate(labels)},
-            attention_probs_dropout_prob=0.0,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        for name in ATTENTION_DROPOUT:
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            base.path,
+            config=config,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
