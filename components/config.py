@@ -17,9 +17,18 @@ PRESETS = Path(__file__).parent.parent / "flows" / "presets"
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
-LabelName = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
 AdapterMethod = Literal["pfeiffer", "houlsby"]
 Method = Literal["pfeiffer", "houlsby", "full"]
+
+
+def _label_name(value: Any) -> Any:
+    """Whole numbers by their names. YAML reads a bare yes, no, on or off as a truth value: those want quotes."""
+    if isinstance(value, bool):
+        raise ValueError("a label that YAML reads as true or false must stand in quotes")
+    return str(value) if isinstance(value, int) else value
+
+
+LabelName = Annotated[str, BeforeValidator(_label_name)]
 
 
 class Frozen(BaseModel):
@@ -35,6 +44,13 @@ class Columns(Frozen):
     text_pair: str | None = Field(None, description="second text of a pair, e.g. a hypothesis")
     label: str = "label"
     id: str | None = Field(None, description="the source's own row id; checked to be unique")
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Columns:
+        names = [name for name in (self.text, self.text_pair, self.label, self.id) if name]
+        if len(set(names)) != len(names):
+            raise ValueError("text, text_pair, label and id must be different columns")
+        return self
 
 
 class DataConfig(Frozen):
@@ -74,7 +90,7 @@ class SplitConfig(Frozen):
 
     validation: float = Field(0.1, gt=0, lt=1)
     test: float = Field(0.2, gt=0, lt=1)
-    near_duplicate_jaccard: float = Field(0.8, gt=0, le=1)
+    near_duplicate_jaccard: float = Field(0.8, ge=0.05, le=1, description="lower ones cannot be found by hashing")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -223,7 +239,10 @@ def load(path: Path, overrides: dict[str, str] | None = None) -> RetrainConfig:
     if not isinstance(content, dict):
         raise ConfigError("a YAML mapping of parameters", f"{type(content).__name__} in {path}", "see flows/presets")
     for dotted, value in (overrides or {}).items():
-        _set(content, dotted, yaml.safe_load(value))
+        try:
+            _set(content, dotted, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise ConfigError("a YAML value", f"--set {dotted}={value}", "check brackets and quotes") from error
     return parse(content, str(path))
 
 

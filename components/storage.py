@@ -27,7 +27,10 @@ def join(uri: str, *parts: str) -> str:
 def require(root: str) -> None:
     """Raise StorageError unless the bucket of `root` is there and ours to use; a local folder is made."""
     if not is_s3(root):
-        Path(root).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(root).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(root, error) from error
         return
     bucket, _ = _parts(root)
     with _errors(root):
@@ -52,12 +55,14 @@ def write(uri: str, content: bytes, *, if_absent: bool = False) -> bool:
     if is_s3(uri):
         return _put(uri, content, if_absent)
     path = Path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb" if if_absent else "wb") as file:
             file.write(content)
-    except FileExistsError:
-        return False
+    except OSError as error:
+        if if_absent and isinstance(error, FileExistsError) and path.is_file():
+            return False
+        raise _unwritable(uri, error) from error
     return True
 
 
@@ -169,6 +174,10 @@ def _parts(uri: str) -> tuple[str, str]:
 def _missing(uri: str, error: Exception | None = None) -> StorageError:
     why = type(error).__name__ if error else "nothing there"
     return StorageError(f"a readable file or object at {uri}", why, "check the path, bucket and key")
+
+
+def _unwritable(uri: str, error: OSError) -> StorageError:
+    return StorageError(f"a place to write at {uri}", type(error).__name__, "check the path and its rights")
 
 
 @contextmanager

@@ -32,6 +32,7 @@ def main(flow: Callable[[RetrainConfig], str], arguments: list[str] | None = Non
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     options = parser.parse_args(arguments)
     _listen(options.debug)
+    local.interrupt_on_sigterm()
     try:
         settings = config.load(
             config.preset(options.preset) if options.preset else options.config, _overrides(options.set)

@@ -44,7 +44,8 @@ class Terminal:
 
     def __enter__(self) -> Terminal:
         Terminal.current = self
-        self.progress.start()
+        if self.progress.console.is_terminal:
+            self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,6 +113,14 @@ def rule_rows(report: GateReport) -> list[dict[str, Any]]:
          "low": rule.low, "high": rule.high, "reason": rule.reason}
         for rule in report.rules
     ]  # fmt: skip
+
+
+def summary(report: GateReport) -> str:
+    """The comparison and the rules as Markdown, for the pages of the run and of the version in MLflow."""
+    points = (f"{who} **{100 * scores['accuracy'].value:.1f} %**" for who, scores in report.scores.items())
+    rules = (f"| {MARKS[rule.verdict]} {rule.verdict} | {rule.rule} | {rule.reason} |" for rule in report.rules)
+    head = f"Gate: **{report.verdict}**. Accuracy: {', '.join(points)}."
+    return "\n".join([head, "", "| verdict | rule | reason |", "|---|---|---|", *rules])
 
 
 def registered(version: Version, adapter: Trained) -> None:

@@ -248,7 +248,7 @@ def gate(config: RetrainConfig, split: Record, baseline: Trained, adapter: Train
             for who, all_ in report.scores.items()
             for name, e in all_.items()
         },
-        tags={"verdict": report.verdict},
+        tags={"verdict": report.verdict, tracking.NOTE: screen.summary(report)},
     )
     return Judged(report, tfidf.seconds, tfidf.parameters, run.tracking.page(run.id, "gate/gate.json"))
 
@@ -285,7 +285,9 @@ def register(config: RetrainConfig, plan: Plan, split: Record, adapter: Trained,
     }
     with tempfile.TemporaryDirectory() as folder:
         parts, _ = ledger.load_parts(split.split_uri, split.split_digest, Path(folder))
-    return versions.register(run.tracking, adapter.run_id, config.model, adapter.folder, parts["test"], tags)
+    return versions.register(
+        run.tracking, adapter.run_id, config.model, adapter.folder, parts["test"], tags, screen.summary(judged.verdict)
+    )
 
 
 def _table(path: Path) -> Dataset:

@@ -93,6 +93,15 @@ def exported(environment: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def interrupt_on_sigterm() -> None:
+    """Make `kill PID` end this process as Ctrl-C does, so that what it started is stopped with it."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m infra.local", description="The local stack.")
     parser.add_argument("--folder", type=Path, default=FOLDER)
@@ -103,6 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     ui.add_argument("--port", type=int, default=5000)
     verbs.add_parser("env", help="what `run` sets, without secrets")
     options = parser.parse_args(arguments)
+    interrupt_on_sigterm()
     try:
         with stack(options.folder) as up:
             if options.verb == "run":
@@ -113,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
                 )
                 if not command:
                     parser.error("run needs a command")
-                return subprocess.run(command, env={**os.environ, **up.environment}, check=False).returncode
+                return _run(command, up.environment)
             if options.verb == "mlflow":
                 return _mlflow(up, options.port)
             for name, value in up.environment.items():
@@ -138,7 +148,21 @@ def _mlflow(up: Stack, port: int) -> int:
     settings = {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"
     }  # would start eight more processes that nothing here uses
-    return subprocess.run(command, env={**os.environ, **up.environment, **settings}, check=False).returncode
+    return _run(command, {**up.environment, **settings})
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> int:
+    """Run a command to its end; whatever interrupts us ends it too."""
+    try:
+        process = subprocess.Popen(command, env={**os.environ, **environment})
+    except OSError as error:
+        raise StackError(f"expected a program; found {command[0]!r} ({error.strerror}); check the command") from error
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
 
 
 def _start(folder: Path) -> int:
@@ -149,7 +173,7 @@ def _start(folder: Path) -> int:
     data = folder / "s3"
     data.mkdir(exist_ok=True)
     (data / "mini.options").unlink(missing_ok=True)  # `weed mini` would reload the ports of the last start
-    s3, master, volume, filer, admin = _free_ports(5)
+    s3, master, volume, filer, admin = free_ports(5)
     command = [
         weed, "mini", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}",
@@ -167,7 +191,7 @@ def _start(folder: Path) -> int:
             raise StackError(
                 f"expected the S3 store to start; found exit code {process.returncode}; see {folder / 's3.log'}"
             )
-        if _healthy(s3):
+        if _healthy(s3) and _has_bucket(folder, s3):
             (folder / "s3.json").write_text(
                 json.dumps({"pid": process.pid, "port": s3, "started": _started(process.pid)})
             )
@@ -233,6 +257,26 @@ def _healthy(port: int) -> bool:
         return False
 
 
+def _has_bucket(folder: Path, port: int) -> bool:
+    """The server answers a moment before it has made the bucket."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    keys = _credentials(folder)
+    client = boto3.client(
+        "s3",
+        endpoint_url=f"http://127.0.0.1:{port}",
+        region_name="us-east-1",
+        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+    )
+    try:
+        client.head_bucket(Bucket=BUCKET)
+    except (BotoCoreError, ClientError):
+        return False
+    return True
+
+
 def _credentials(folder: Path) -> dict[str, str]:
     """The store's keys, made once."""
     path = folder / "credentials.json"
@@ -253,7 +297,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that are free, and whose gRPC twins are too."""
     found: list[int] = []
     while len(found) < count:

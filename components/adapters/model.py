@@ -20,12 +20,33 @@ class BottleneckModel(BaseTuner):
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
 
-    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Name the places of this model in the config: the wrapped modules, and the layer norms that are trained."""
-        if config.target_modules is None:
-            config.target_modules, norms = _targets(model, config)
+        if peft_config.target_modules is None:
+            peft_config.target_modules, norms = _targets(self.model, peft_config)
             if norms:
-                config.modules_to_save = [*(config.modules_to_save or []), *norms]
+                peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *norms]
+        return peft_config
+
+    def _check_new_adapter_config(self, config: BottleneckConfig) -> None:
+        """A layer norm is wrapped by one adapter or trained by another: PEFT keeps one wrapper a module."""
+        super()._check_new_adapter_config(config)
+        configs = self.peft_config.values()
+        if any(other.original_ln_before for other in configs) and any(other.train_layer_norm for other in configs):
+            raise ConfigError(
+                "adapters on one model that all read the layer norms, or all train them or leave them alone",
+                "original_ln_before (pfeiffer) beside train_layer_norm (houlsby)",
+                "load the base a second time for the other method",
+            )
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Saved keys name no adapter, so that it can be loaded under any name; PEFT expects the name further right."""
+        container = ".bottleneck_adapters."
+        if f"{container}{adapter_name}." in key:
+            return key.replace(f"{container}{adapter_name}.", container)
+        plain: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return plain
 
     def _create_and_replace(
         self,

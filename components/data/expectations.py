@@ -110,7 +110,7 @@ def _measurements(rows: Dataset, labels: Sequence[str], show_samples: bool) -> p
             "content": [row_id(text, pair) for text, pair in zip(rows["text"], pairs, strict=True)],
         }
     )
-    frame["rows_of_class"] = frame.groupby("label")["label"].transform("size")
+    frame["rows_of_class"] = frame.groupby("label")["label"].transform("size").where(frame["label"].isin(list(labels)))
     if "text_pair" in rows.column_names:
         frame["pair_characters"] = pc.utf8_length(pc.utf8_trim_whitespace(table["text_pair"])).to_pandas()
     if show_samples:

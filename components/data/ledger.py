@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from components import storage
 from components.config import Frozen
 from components.data.split import PARTS, Split, split_digest
@@ -40,9 +42,12 @@ class Record(Frozen):
 
 
 def records(store: str, model: str) -> list[Record]:
-    """All accepted data sets of a model, oldest first. Raises StorageError when the store cannot be reached."""
+    """All accepted data sets of a model, oldest first.
+
+    Raises StorageError when the store cannot be reached, DataError when a record is damaged.
+    """
     folder = _folder(store, model)
-    return [Record.model_validate_json(storage.read(storage.join(folder, name))) for name in storage.names(folder)]
+    return [_record(storage.join(folder, name)) for name in storage.names(folder)]
 
 
 def accept(store: str, model: str, split: Split, data_digest: str, split_config_digest: str) -> Record:
@@ -91,8 +96,13 @@ def load_parts(uri: str, digest: str, folder: Path) -> tuple[dict[str, Dataset],
     Raises DataError when the content is not the one with that digest.
     """
     local = storage.download_folder(uri, folder)
-    labels = tuple(json.loads((local / "split.json").read_bytes())["labels"])
-    parts = {name: _table(local / f"{name}.parquet") for name in PARTS}
+    try:
+        labels = tuple(json.loads((local / "split.json").read_bytes())["labels"])
+        parts = {name: _table(local / f"{name}.parquet") for name in PARTS}
+    except (OSError, ValueError, KeyError) as error:  # Arrow's errors are among them
+        raise DataError(
+            f"split {digest[:12]} at {uri}", f"a damaged file ({type(error).__name__})", "split the data again"
+        ) from error
     found = split_digest(parts, labels)
     if found != digest:
         raise DataError(f"split {digest[:12]} at {uri}", f"content with digest {found[:12]}", "split the data again")
@@ -114,6 +124,13 @@ def learned_rows(uri: str) -> set[str]:
             path = storage.download(storage.join(uri, f"{part}.parquet"), Path(folder) / f"{part}.parquet")
             found.update(pyarrow.parquet.read_table(path, columns=["row"])["row"].to_pylist())
     return found
+
+
+def _record(uri: str) -> Record:
+    try:
+        return Record.model_validate_json(storage.read(uri))
+    except ValidationError as error:
+        raise DataError(f"a record of accepted data at {uri}", "something else", "restore or remove it") from error
 
 
 def _table(path: Path) -> Dataset:

@@ -13,9 +13,10 @@ import numpy.typing as npt
 
 from components.data.rows import fold
 
-# 42 bands of 6 hashes: a pair at Jaccard 0.8 becomes a candidate with probability 1 - (1 - 0.8^6)^42 = 0.999997,
-# a pair at 0.2, where most unrelated short texts are, with 0.003.
-BANDS, HASHES_PER_BAND = 42, 6
+# At threshold 0.8 these are 42 bands of 6: a pair just there becomes a candidate with probability
+# 1 - (1 - 0.8^6)^42 = 0.999997, a pair at 0.2, where most unrelated short texts are, with 0.003.
+HASHES = 252
+MISSED = 1e-4
 
 
 def clusters(texts: Iterable[str], jaccard: float) -> npt.NDArray[np.int64]:
@@ -29,14 +30,23 @@ def clusters(texts: Iterable[str], jaccard: float) -> npt.NDArray[np.int64]:
     first_with: dict[frozenset[str], int] = {}
     parent = [first_with.setdefault(each, row) for row, each in enumerate(words)]
     distinct = list(first_with.values())
-    index = MinHashLSH(num_perm=BANDS * HASHES_PER_BAND, params=(BANDS, HASHES_PER_BAND))
+    index = MinHashLSH(num_perm=HASHES, params=_bands(jaccard))
     encoded = ([word.encode() for word in sorted(words[row])] for row in distinct)
-    for row, sketch in zip(distinct, MinHash.generator(encoded, num_perm=BANDS * HASHES_PER_BAND), strict=True):
+    for row, sketch in zip(distinct, MinHash.generator(encoded, num_perm=HASHES), strict=True):
         for other in index.query(sketch):
             if _root(parent, row) != _root(parent, other) and _jaccard(words[row], words[other]) >= jaccard:
                 _join(parent, row, other)
         index.insert(row, sketch, check_duplication=False)
     return np.array([_root(parent, row) for row in range(len(words))], dtype=np.int64)
+
+
+def _bands(jaccard: float) -> tuple[int, int]:
+    """Bands and hashes a band: the most selective ones that miss fewer than MISSED of the pairs at the threshold."""
+    for hashes in (6, 4, 3, 2):
+        bands = HASHES // hashes
+        if (1 - jaccard**hashes) ** bands < MISSED:
+            return bands, hashes
+    return HASHES, 1
 
 
 def _jaccard(one: frozenset[str], other: frozenset[str]) -> float:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+LONGEST_NAME = 40
 HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
+# Arrow ends "Row #3: Expected 2 columns, got 3: …" with the row itself, which no message of ours may hold.
+QUOTED_ROW = re.compile(r"got \d+: .*", re.DOTALL)
 # What spreadsheets and pandas write for "no value"; a label unless declared as one.
 NO_VALUE = ("", "nan", "none", "null", "na", "n/a", "<na>")
 
@@ -80,9 +83,11 @@ def _file(path: Path, config: DataConfig) -> pa.Table:
     if path.stat().st_size == 0:
         raise DataError("rows", f"an empty file, {path.name}", "check what wrote it")
     try:
-        return _parse(path, form, config.columns)
-    except (pa.ArrowInvalid, OSError, EOFError) as error:
-        raise _damaged(path, error) from None  # Arrow's message quotes the row
+        table = _parse(path, form, config.columns)
+        table.validate(full=True)  # only the CSV reader looks whether text is UTF-8
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, form, error) from None  # Arrow's message quotes the row
+    return table
 
 
 def _parse(path: Path, form: str, columns: Columns) -> pa.Table:
@@ -105,15 +110,16 @@ def _delimited(path: Path, delimiter: str, columns: Columns) -> pa.Table:
     import pyarrow as pa
     from pyarrow import csv
 
+    reading = csv.ReadOptions(use_threads=False)  # else it cannot say which row is malformed
+    parsing = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     with pa.input_stream(path, compression="detect") as stream:
-        header = csv.open_csv(
-            stream, parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-        ).schema
+        header = csv.open_csv(stream, read_options=reading, parse_options=parsing).schema
     wanted = _wanted(columns, header.names, path.name)
     with pa.input_stream(path, compression="detect") as stream:
         return csv.read_csv(
             stream,
-            parse_options=csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+            read_options=reading,
+            parse_options=parsing,
             convert_options=csv.ConvertOptions(
                 include_columns=wanted,
                 column_types=dict.fromkeys(wanted, pa.string()),  # "007" and "NA" are text, not numbers or nulls
@@ -128,10 +134,15 @@ def _wanted(columns: Columns, found: list[str], place: str) -> list[str]:
     if missing:
         raise DataError(
             f"columns {', '.join(wanted)} in {place}",
-            f"columns {', '.join(found)}",
-            f"set data.columns: {', '.join(missing)} is not there",
+            f"columns {', '.join(found)}" if all(map(_is_name, found)) else "a first line that looks like a row",
+            f"add the header line, or set data.columns: {', '.join(missing)} is not there",
         )
     return wanted
+
+
+def _is_name(column: str) -> bool:
+    """Without a header line the first row is taken for one; it must not be shown."""
+    return len(column) <= LONGEST_NAME and len(column.split()) <= 3 and not column.strip().isdigit()
 
 
 def _hub(config: DataConfig) -> tuple[pa.Table, str]:
@@ -139,11 +150,11 @@ def _hub(config: DataConfig) -> tuple[pa.Table, str]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         folder = Path(snapshot_download(config.source, repo_type="dataset", revision=config.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise DataError(
             f"hub data set {config.source} at revision {config.revision or 'main'}",
             f"{type(error).__name__}: the hub cannot be reached or does not have it",
@@ -153,8 +164,10 @@ def _hub(config: DataConfig) -> tuple[pa.Table, str]:
         data = load_dataset(str(folder), split=config.part)
     except (ValueError, OSError, DatasetGenerationError) as error:
         raise DataError(
-            f"part {config.part!r} of {config.source}", type(error).__name__, "set data.part to one it has"
-        ) from error
+            f"part {config.part!r} of {config.source}",
+            type(error).__name__,
+            "set data.part to one it has, and check that its files are whole",
+        ) from None  # the reader's message may quote a row
     names = _label_names(data, config.columns.label)
     table = data.with_format("arrow")[:].select(_wanted(config.columns, data.column_names, config.source))
     if names:
@@ -171,8 +184,10 @@ def _label_names(data: Dataset, column: str) -> list[str] | None:
 
 def _named(table: pa.Table, column: str, names: list[str]) -> pa.Table:
     import pyarrow as pa
+    import pyarrow.compute as pc
 
-    labels = pa.array(names).take(table[column].combine_chunks())
+    codes = table[column].combine_chunks()
+    labels = pa.array(names).take(pc.if_else(pc.less(codes, 0), None, codes))  # the hub writes -1 for "no label"
     return table.set_column(table.column_names.index(column), column, labels)
 
 
@@ -251,17 +266,23 @@ def _first(mask: Any) -> int:
     return int(pc.index(mask, True).as_py()) + 1
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
+def _damaged(path: Path, form: str, error: Exception) -> DataError:
     """What is wrong with a file that Arrow refuses; never Arrow's own words, which quote the rows."""
-    reason = str(error).lower()
-    if "utf8" in reason or "utf-8" in reason or not _is_utf8(path):
+    reason = QUOTED_ROW.sub("", str(error)).lower()
+    if "utf8" in reason or not _is_utf8(path):
         return DataError(f"UTF-8 text in {path.name}", "other bytes", "convert it, e.g. iconv -f latin1 -t utf-8")
-    if path.suffix == ".gz":
-        return DataError(f"a whole gzip file, {path.name}", "one that is damaged or cut short", "fetch it again")
-    if path.suffix == ".parquet":
-        return DataError(f"a whole Parquet file, {path.name}", "one that is damaged or cut short", "write it again")
-    row = re.search(r"(row|in row|#)\s*#?(\d+)", reason)
-    place = f" near row {row.group(2)}" if row else ""
+    if form == "parquet" or isinstance(error, OSError):
+        return DataError(f"a whole file, {path.name}", "one that is damaged or cut short", "fetch or write it again")
+    if "empty" in reason:
+        return DataError("rows", f"none in {path.name}", "check what wrote it")
+    if form == "jsonl":
+        return DataError(
+            f"one JSON object a line in {path.name}, with one type a column",
+            "a line that is malformed or of another type",
+            "correct it",
+        )
+    row = re.search(r"row #(\d+)", reason)
+    place = f" near row {int(row.group(1)) - 1:,}" if row else ""  # Arrow counts the header, we do not
     return DataError(f"well-formed rows in {path.name}", f"a malformed one{place}", "correct quotes and separators")
 
 

@@ -6,6 +6,7 @@ intersection-union test, Berger 1982).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -84,12 +85,23 @@ class GateReport:
         if self.verdict == "fail":
             raise GateFailed("every rule of the gate to pass", "; ".join(self.reasons), "nothing was registered")
         if self.verdict == "inconclusive":
-            needed = max((rule.rows_needed or 0 for rule in self.rules), default=0)
-            advice = f"label more rows (about {needed:,} for testing) or widen the margin, as a policy"
+            needed = f" (about {self.rows_needed:,} for testing)" if self.rows_needed else ""
+            advice = f"label more rows{needed} or widen the margin, as a policy"
             raise GateInconclusive("a test part that decides every rule", "; ".join(self.reasons), advice)
 
+    @property
+    def rows_needed(self) -> int | None:
+        """Size of a test part that would probably decide every rule, a slice keeping its share of the rows."""
+        rows = max((rule.rows or 0 for rule in self.rules), default=0)
+        growths = [rule.rows_needed / rule.rows for rule in self.rules if rule.rows_needed and rule.rows]
+        return math.ceil(rows * max(growths)) if growths else None
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Values for JSON, which has no NaN: what could not be measured is None."""
+        content = asdict(self)
+        for rule in content["rules"]:
+            rule["value"] = rule["value"] if math.isfinite(rule["value"]) else None
+        return content
 
 
 def judge(evidence: Evidence, config: GateConfig) -> GateReport:

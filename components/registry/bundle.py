@@ -88,13 +88,14 @@ def libraries() -> dict[str, str]:
 
 def write_manifest(folder: Path, **about: Any) -> Manifest:
     """List every file of a bundle with size and digest, and declare it complete."""
+    fresh = folder / f"{MANIFEST}.new"
+    fresh.unlink(missing_ok=True)  # of a job that was killed right here
     files = {
         path.relative_to(folder).as_posix(): File(size=path.stat().st_size, sha256=digest.of_file(path))
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
     manifest = Manifest(files=files, libraries=libraries(), **about)
-    fresh = folder / f"{MANIFEST}.new"
     fresh.write_text(manifest.model_dump_json(indent=2))
     fresh.replace(folder / MANIFEST)
     return manifest

@@ -18,6 +18,11 @@ RUN_VARIABLE = "ADAPTERLINE_MLFLOW_RUN"
 # A server that is away is reported within a minute; MLflow's own default keeps a client waiting for many.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
+# Opens the page for training runs; by default MLflow shows an experiment as one on language-model traces.
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+# The text on top of a run's page.
+NOTE = "mlflow.note.content"
+
 log = logging.getLogger("adapterline")
 
 
@@ -55,7 +60,7 @@ def connect(config: RegistryConfig) -> Tracking:
             return Tracking(client, uri, found.experiment_id)
         # A server keeps artifacts where it was told to; without one they go to the store.
         place = None if uri.startswith("http") else storage.join(config.store, "mlflow")
-        return Tracking(client, uri, client.create_experiment(config.experiment, artifact_location=place))
+        return Tracking(client, uri, client.create_experiment(config.experiment, place, TRAINING))
     except mlflow.MlflowException as error:
         raise unreachable(uri, error) from error
 

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,12 @@ def answering(tracking: Tracking, name: str, run_digest: str) -> Version | None:
 
 
 def register(
-    tracking: Tracking, run_id: str, name: str, folder: Path, test: Dataset, tags: Mapping[str, str]
+    tracking: Tracking, run_id: str, name: str, folder: Path, test: Dataset, tags: Mapping[str, str], about: str
 ) -> Version:
     """Register a bundle as the next version of a model and make it the candidate.
 
     folder: the bundle.  test: the frozen test part, whose predictions are reproduced from the registered version.
+    about: the text on the version's page.
 
     Raises RegistryError when they are not, or MLflow refuses; the earlier candidate then still stands.
     """
@@ -85,7 +87,8 @@ def register(
     mlflow = load_mlflow(tracking.uri)
     try:
         _tidy(tracking, name, tags.get(RUN_DIGEST, ""))
-        with mlflow.start_run(run_id=run_id):
+        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MLflow would like type hints that hold for one kind of input only
             model = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=str(CODE / "serving" / "model.py"),
@@ -96,7 +99,12 @@ def register(
         if not tracking.client.search_registered_models(f"name = '{name}'"):
             tracking.client.create_registered_model(name)
         made = tracking.client.create_model_version(
-            name, model.model_uri, run_id=run_id, tags={"state": "unproven", **tags}, model_id=model.model_id
+            name,
+            model.model_uri,
+            run_id=run_id,
+            tags={"state": "unproven", **tags},
+            description=about,
+            model_id=model.model_id,
         )
     except MlflowException as error:
         raise RegistryError(

@@ -39,6 +39,8 @@ class Classifier:
         wrong = next((index for index, text in enumerate([*texts, *(pairs or [])]) if not isinstance(text, str)), None)
         if wrong is not None:
             raise DataError("a list of texts", f"something else at position {wrong}", "pass strings")
+        if pairs is not None and len(pairs) != len(texts):
+            raise DataError(f"second texts for {len(texts)} texts", f"{len(pairs)}", "pass one for each")
         columns = {"text": list(texts), **({"text_pair": list(pairs)} if pairs is not None else {})}
         tokens = tokenise(Dataset.from_dict(columns), self._tokenizer, self.manifest.max_tokens)
         return predict(self._model, tokens, int(self._tokenizer.pad_token_id or 0), torch.device("cpu"))

@@ -39,24 +39,21 @@ def tokenise(table: Dataset, tokenizer: PreTrainedTokenizerFast, max_tokens: int
     """Tokenise `text` and [`text_pair`], cutting at `max_tokens`; `label` may be missing."""
     ids: list[npt.NDArray[np.int64]] = []
     types: list[npt.NDArray[np.int64]] = []
+    cut: list[bool] = []
     for batch in table.iter(batch_size=1_000):
         encoded = tokenizer(
             list(batch["text"]),
             text_pair=list(batch["text_pair"]) if "text_pair" in batch else None,
-            truncation=True,
-            max_length=max_tokens + 1,  # one more than is kept, to see what was cut without tokenising twice
+            truncation=True,  # of a pair, the longer text
+            max_length=max_tokens,
             padding=False,
             return_attention_mask=False,
         )
         ids.extend(np.asarray(row, dtype=np.int64) for row in encoded["input_ids"])
         types.extend(np.asarray(row, dtype=np.int64) for row in encoded.get("token_type_ids", []))
-    cut = np.array([len(row) > max_tokens for row in ids], dtype=bool)
-    if cut.any():  # drop the last text token and keep the closing special one
-        keep = [np.r_[0 : max_tokens - 1, max_tokens] if over else slice(None) for over in cut]
-        ids = [row[part] for row, part in zip(ids, keep, strict=True)]
-        types = [row[part] for row, part in zip(types, keep, strict=True)] if types else []
+        cut.extend(bool(row.overflowing) for row in encoded.encodings)
     labels = np.asarray(table["label"] if "label" in table.column_names else [0] * len(table), dtype=np.int64)
-    return Tokens(ids, types or None, labels, cut)
+    return Tokens(ids, types or None, labels, np.array(cut, dtype=bool))
 
 
 def training_batches(lengths: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> list[npt.NDArray[np.int64]]:

@@ -15,14 +15,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from components.errors import ConfigError
 from components.training.loop import Learner, State
 
 FOLDER = "checkpoint"
 WEIGHT, MOMENT = "weight:", "moment:"
 
 
-def save(out: Path, learner: Learner, state: State, best: bool) -> None:
-    """Write the state after an epoch; with `best`, keep its weights."""
+def save(out: Path, job: str, learner: Learner, state: State, best: bool) -> None:
+    """Write the state after an epoch of the job with this digest; with `best`, keep its weights."""
     weights = {WEIGHT + name: _stored(parameter) for name, parameter in learner.trained.items()}
     if best:
         _write(out / FOLDER / "best.safetensors", weights, {})
@@ -33,6 +34,7 @@ def save(out: Path, learner: Learner, state: State, best: bool) -> None:
         for name, value in entry.items()
     }
     about = {
+        "job": json.dumps(job),
         "state": json.dumps(asdict(state)),
         "rates": json.dumps([group["lr"] for group in optimizer["param_groups"]]),
         "scheduler": json.dumps(learner.scheduler.state_dict()),
@@ -40,13 +42,20 @@ def save(out: Path, learner: Learner, state: State, best: bool) -> None:
     _write(out / FOLDER / "last.safetensors", {**weights, **moments}, about)
 
 
-def resume(out: Path, learner: Learner) -> State:
-    """Put the last checkpoint into the learner and say where training is; a new State when there is none."""
+def resume(out: Path, job: str, learner: Learner) -> State:
+    """Put the last checkpoint into the learner and say where training is; a new State when there is none.
+
+    Raises ConfigError when it is that of another job.
+    """
     last = out / FOLDER / "last.safetensors"
     if not last.is_file():
         return State()
     with safe_open(last, "pt") as file:
         about = {name: json.loads(value) for name, value in file.metadata().items()}
+    if about["job"] != job:
+        raise ConfigError(
+            f"checkpoints of job {job[:12]} in {out}", f"those of {about['job'][:12]}", "name another folder"
+        )
     tensors = load_file(last)
     _load(learner, tensors)
     moments: dict[int, dict[str, torch.Tensor]] = {}

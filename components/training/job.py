@@ -103,9 +103,9 @@ def _train(spec: JobSpec, out: Path, report: progress.Progress) -> bundle.Manife
         spec.training,
         spec.seed,
         padding,
-        checkpoint.resume(out, learner),
+        checkpoint.resume(out, spec.digest, learner),
         _logging(report),
-        lambda state, best: checkpoint.save(out, learner, state, best),
+        lambda state, best: checkpoint.save(out, spec.digest, learner, state, best),
     )
     checkpoint.load_best(out, learner)
     predictions = bundle.Predictions(

@@ -46,7 +46,7 @@ def parse(line: str) -> Event | None:
 
 
 class Bar:
-    """A progress bar on standard error."""
+    """A progress bar on standard error, when a person is looking: a file or a pipe gets nothing."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -54,7 +54,8 @@ class Bar:
         from rich.progress import Progress as RichProgress
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self._progress = RichProgress(*columns, console=Console(stderr=True))
+        console = Console(stderr=True)
+        self._progress = RichProgress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task("starting", total=None)
         self._progress.start()
 

@@ -1,0 +1,109 @@
+"""One real S3 store, MLflow database and Prefect server for all flow tests, and settings that train in seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from components.config import RetrainConfig, parse
+from infra import local
+from tests.conftest import toy_rows, write_csv
+
+Settings = Callable[..., RetrainConfig]
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a running stack and Prefect server, also set in this process."""
+    folder = tmp_path_factory.mktemp("servers")
+    (port,) = local.free_ports(1)
+    environment = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    with (
+        local.stack(folder / "stack") as stack,
+        local.exported({**stack.environment, **environment}),
+        temporary_settings(updates={PREFECT_API_URL: environment["PREFECT_API_URL"]}),
+    ):
+        with (folder / "prefect.log").open("w") as log:
+            command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+            server = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            _wait(f"http://127.0.0.1:{port}/api/health", server)
+            yield {**stack.environment, **environment}
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def _wait(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "the Prefect server ended"
+        try:
+            with urllib.request.urlopen(url, timeout=2):  # noqa: S310  # our own URL
+                return
+        except OSError:
+            time.sleep(0.3)
+    raise AssertionError("the Prefect server did not answer")
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("workspace")
+
+
+@pytest.fixture
+def settings(tmp_path: Path, workspace: Path, tiny_base: Path) -> Settings:
+    """Makes configurations: toy rows on the tiny base, dotted overrides with `__` for the dots."""
+
+    def make(model: str, rows: int = 600, **overrides: Any) -> RetrainConfig:
+        path = tmp_path / f"{model}-{rows}.csv"
+        if not path.exists():
+            write_csv(path, toy_rows(rows))
+        content: dict[str, Any] = {
+            "model": model,
+            "data": {"source": str(path)},
+            "split": {"test": 0.3},
+            "base": {"name": str(tiny_base)},
+            "adapter": {
+                "bottleneck": {"reduction_factor": 2},
+                "schedule": {"epochs": 8, "learning_rates": {"body": 1e-2, "layer_norm": 1e-2, "head": 1e-2}},
+            },
+            "baseline": {"schedule": {"epochs": 4, "learning_rates": {"body": 3e-3, "layer_norm": 3e-3, "head": 1e-2}}},
+            "training": {"max_tokens": 16},
+            "gate": {"margin": 0.2, "champion_margin": 0.2, "slice_margin": 0.4, "max_trainable_share": 0.2},
+            "compute": {"workspace": str(workspace), "job_memory_gb": 1},
+        }
+        for dotted, value in overrides.items():
+            section = content
+            *parents, last = dotted.split("__")
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            section[last] = value
+        return parse(content, "the test")
+
+    return make
+
+
+@pytest.fixture
+def command(servers: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `python -m MODULE …` with the servers in its environment."""
+
+    def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", module, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **servers, **environment},
+        )
+
+    return run

@@ -1,0 +1,166 @@
+"""The command line and the deployment, as a user meets them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components import config
+from flows import command as cli
+from flows.retrain import retrain
+from tests.flows.conftest import Settings
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+servers = [pytest.mark.integration, pytest.mark.xdist_group("servers")]
+HOME = Path(__file__).parent.parent.parent
+
+
+def save(settings: config.RetrainConfig, path: Path) -> str:
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in config.PRESETS.glob("*.yaml")))
+def test_every_preset_is_valid_and_opens_with_its_command(name: str) -> None:
+    path = config.preset(name)
+    assert path.read_text().startswith(f"# python -m flows.retrain --preset {name}\n")
+    config.load(path)
+
+
+def test_the_deployment_has_the_parameters_of_the_preset() -> None:
+    (deployment,) = yaml.safe_load((HOME / "prefect.yaml").read_text())["deployments"]
+    nightly = config.parse(deployment["parameters"]["config"], "prefect.yaml")
+    preset = config.load(config.preset("tweets"))
+    assert nightly.model_copy(update={"report": preset.report}) == preset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "nope"], "expected a preset among"),
+        (["--config", "/no/such.yaml"], "expected a readable YAML file"),
+        (["--preset", "tweets", "--set", "gate.margn=1"], "unknown key (did you mean margin?)"),
+        (["--preset", "tweets", "--set", "adapter.bottleneck.reduction_factor=0"], "greater than 0, found 0"),
+        (["--preset", "tweets", "--set", "gate"], "expected --set KEY=VALUE"),
+    ],
+)
+def test_wrong_parameters_are_one_line_and_exit_code_1(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(retrain, arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: expected ")
+    assert message in line
+
+
+@pytest.mark.slow
+class TestExitCodes:
+    """0 registered or up to date, 1 an error, 2 the gate failed, 3 it cannot tell."""
+
+    pytestmark = servers
+
+    def test_registered_and_up_to_date(self, settings: Settings, command: Run, tmp_path: Path) -> None:
+        path = save(settings("by-hand", report__examples=["a lovely word1", "an awful word2"]), tmp_path / "c.yaml")
+        first = command("flows.retrain", "--config", path)
+        assert first.returncode == 0, first.stderr
+        assert "verdict: PASS" in first.stdout
+        assert "registered version 1 of by-hand as candidate" in first.stdout
+        assert "s3://adapterline/" in first.stdout
+        assert "a lovely word1" in first.stdout.split("prediction of the registered version")[1]
+        assert "Traceback" not in first.stderr
+        second = command("flows.retrain", "--config", path)
+        assert second.returncode == 0
+        assert "up to date: version 1 of by-hand" in second.stdout
+
+    def test_failed_and_inconclusive(self, settings: Settings, command: Run, tmp_path: Path) -> None:
+        rates = {"body": 1e-9, "layer_norm": 1e-9, "head": 1e-9}
+        bad = settings("by-hand-2", adapter__schedule={"epochs": 1, "learning_rates": rates})
+        failed = command("flows.retrain", "--config", save(bad, tmp_path / "bad.yaml"))
+        assert (failed.returncode, "verdict: FAIL" in failed.stdout) == (2, True), failed.stderr
+        unsure = settings("by-hand-2", gate__margin=0.0001)
+        inconclusive = command("flows.retrain", "--config", save(unsure, tmp_path / "unsure.yaml"))
+        assert (inconclusive.returncode, "verdict: INCONCLUSIVE" in inconclusive.stdout) == (3, True)
+        assert inconclusive.stderr.count("\n") == 1
+
+    def test_no_row_text_is_shown(self, settings: Settings, command: Run, tmp_path: Path) -> None:
+        done = command("flows.retrain", "--config", save(settings("quiet"), tmp_path / "c.yaml"))
+        assert not [word for word in ("lovely", "awful", "word17") if word in done.stdout + done.stderr]
+
+    def test_an_error_has_no_traceback(self, settings: Settings, command: Run, tmp_path: Path) -> None:
+        path = save(settings("none", data__source="nothing.csv"), tmp_path / "c.yaml")
+        done = command("flows.retrain", "--config", path)
+        assert done.returncode == 1
+        assert done.stderr == "error: expected a file at nothing.csv; found nothing there; correct data.source\n"
+
+
+@pytest.mark.slow
+class TestServing:
+    pytestmark = servers
+
+    def test_a_fresh_process_loads_the_candidate_and_predicts(self, settings: Settings, command: Run) -> None:
+        retrain(settings("served"))
+        script = (
+            "import mlflow; model = mlflow.pyfunc.load_model('models:/served@candidate'); "
+            "print(list(model.predict(['lovely great word1', 'awful sad word2'])['label']))"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == "['good', 'bad']", done.stderr
+
+    def test_another_base_is_refused(self, settings: Settings, command: Run, tmp_path: Path) -> None:
+        from tests.conftest import make_base
+
+        retrain(settings("pinned"))
+        other = make_base(tmp_path / "other", initializer_range=0.2)
+        done = command(
+            "components.serving.score", "models:/pinned@candidate", "--text", "lovely", ADAPTERLINE_BASE=str(other)
+        )
+        assert done.returncode == 1
+        assert "with weights digest" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+class TestDeployment:
+    pytestmark = servers
+
+    def test_the_nightly_deployment_runs_in_a_worker(
+        self, servers: dict[str, str], settings: Settings, tmp_path: Path
+    ) -> None:
+        environment = {**os.environ, **servers, "ADAPTERLINE_HOME": str(HOME), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+
+        def prefect(*arguments: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
+            return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=HOME)
+
+        assert prefect("work-pool", "create", "local", "--type", "process").returncode == 0
+        deployed = prefect("deploy", "--all")
+        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+        shown = prefect("deployment", "inspect", "retrain/nightly").stdout
+        assert "0 2 * * *" in shown
+        log = (tmp_path / "worker.log").open("w")
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            good = settings("deployed").model_dump_json()
+            done = prefect(
+                "deployment", "run", "retrain/nightly", "-p", f"config={good}", "--watch", "--watch-interval", "1"
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            bad = settings("deployed", data__source="nothing.csv").model_dump_json()
+            refused = prefect(
+                "deployment", "run", "retrain/nightly", "-p", f"config={bad}", "--watch", "--watch-interval", "1"
+            )
+            assert refused.returncode == 1
+        finally:
+            worker.terminate()
+            worker.wait(60)
+            log.close()

@@ -1,0 +1,221 @@
+"""The whole flow on real servers: register, say up to date, keep the candidate when something is wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from components.config import RegistryConfig
+from components.data import ledger
+from components.errors import AdapterlineError, GateFailed, GateInconclusive
+from components.registry import bundle, tracking, versions
+from flows.retrain import retrain
+from tests.conftest import toy_rows, write_csv
+from tests.flows.conftest import Settings
+
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("servers"), pytest.mark.usefixtures("servers")]
+
+STORE = "s3://adapterline"
+
+
+def connect() -> tracking.Tracking:
+    return tracking.connect(RegistryConfig())
+
+
+def candidate(model: str) -> versions.Version | None:
+    return versions.with_alias(connect(), model, versions.CANDIDATE)
+
+
+def count(model: str) -> int:
+    return len(connect().client.search_model_versions(f"name = '{model}'"))
+
+
+def jobs(workspace: Path) -> set[str]:
+    return {path.parent.name for path in workspace.glob("jobs/*/manifest.json")}
+
+
+@pytest.mark.slow
+def test_a_run_registers_a_candidate_and_the_same_run_again_trains_nothing(settings: Settings, workspace: Path) -> None:
+    config = settings("first")
+    uri = retrain(config)
+    version = candidate("first")
+    assert version is not None
+    assert version.uri == uri
+    assert version.tags["verdict"] == "pass"
+    assert version.tags["state"] == "proven"
+    before = jobs(workspace)
+
+    assert retrain(config) == uri
+    assert jobs(workspace) == before
+    assert count("first") == 1
+
+
+@pytest.mark.slow
+def test_the_parent_run_holds_the_evidence_and_two_nested_runs(settings: Settings) -> None:
+    retrain(settings("evidence"))
+    there = connect()
+    (parent,) = there.client.search_runs([there.experiment_id], "tags.model = 'evidence'")
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["verdict"] == "pass"
+    assert {"adapter/accuracy", "full_fine-tuning/accuracy", "TF-IDF/accuracy"} <= set(parent.data.metrics)
+    nested = there.client.search_runs([there.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    assert sorted(run.data.tags["role"] for run in nested) == ["adapter", "baseline"]
+    epochs = there.client.get_metric_history(nested[0].info.run_id, "validation_accuracy")
+    assert len(epochs) >= 2, "one value an epoch"
+    found = {
+        item.path for folder in ("data", "gate") for item in there.client.list_artifacts(parent.info.run_id, folder)
+    }
+    assert {"data/report.html", "data/validation.json", "data/split.json", "gate/gate.json", "gate/rules.json"} <= found
+
+
+@pytest.mark.slow
+def test_an_unchanged_baseline_is_reused_when_only_the_adapter_changes(settings: Settings, workspace: Path) -> None:
+    retrain(settings("reuse"))
+    before = {name for name in jobs(workspace) if name.startswith("full-")}
+    retrain(settings("reuse", adapter__bottleneck__reduction_factor=4))
+    assert {name for name in jobs(workspace) if name.startswith("full-")} == before
+    assert count("reuse") == 2
+
+
+@pytest.mark.slow
+def test_later_data_never_train_on_what_was_held_out(settings: Settings, tmp_path: Path) -> None:
+    retrain(settings("nightly", rows=400))
+    retrain(settings("nightly", rows=600))
+    first, second = ledger.records(STORE, "nightly")
+    held_out, _ = ledger.load_parts(first.split_uri, first.split_digest, tmp_path / "first")
+    assert not set(held_out["test"]["row"]) & ledger.learned_rows(second.split_uri)
+    assert second.rows_per_part["test"] > first.rows_per_part["test"]
+
+
+@pytest.mark.slow
+def test_production_is_compared_on_rows_it_never_saw(settings: Settings) -> None:
+    retrain(settings("champion", rows=400))
+    there = connect()
+    there.client.set_registered_model_alias("champion", versions.PRODUCTION, "1")
+    retrain(settings("champion", rows=600))
+    (newest, _) = there.client.search_runs(
+        [there.experiment_id], "tags.model = 'champion'", order_by=["start_time DESC"]
+    )
+    report = json.loads(Path(there.client.download_artifacts(newest.info.run_id, "gate/gate.json")).read_text())
+    (rule,) = [rule for rule in report["rules"] if rule["rule"].startswith("vs champion")]
+    assert rule["rule"] == "vs champion (version 1)"
+    assert 0 < rule["rows"] <= report_rows(report)
+
+
+def report_rows(report: dict[str, list[dict[str, int]]]) -> int:
+    return report["rules"][0]["rows"]
+
+
+@pytest.mark.slow
+def test_a_gate_that_fails_or_cannot_tell_leaves_the_candidate(settings: Settings) -> None:
+    retrain(settings("gated"))
+    standing = candidate("gated")
+    untrained = {"body": 1e-9, "layer_norm": 1e-9, "head": 1e-9}
+    with pytest.raises(GateFailed, match="vs full fine-tuning"):
+        retrain(settings("gated", adapter__schedule={"epochs": 1, "learning_rates": untrained}))
+    with pytest.raises(GateInconclusive, match=r"about [\d,]+ would"):
+        retrain(settings("gated", gate__margin=0.0001))
+    assert candidate("gated") == standing
+    assert count("gated") == 1
+
+
+@pytest.mark.slow
+def test_the_registered_artifact_is_small_and_holds_no_base_weights(
+    settings: Settings, tiny_base: Path, tmp_path: Path
+) -> None:
+    retrain(settings("small"))
+    version = candidate("small")
+    assert version is not None
+    folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=str(tmp_path / "artifact")))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) == version.size < 1_000_000
+    bundle.read_manifest(next(path.parent for path in files if path.name == bundle.MANIFEST))
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert {path.name for path in weights} == {"adapter_model.safetensors", "predictions.safetensors"}
+    base = (tiny_base / "model.safetensors").stat().st_size
+    assert sum(path.stat().st_size for path in weights) < base / 2
+
+
+BAD_INPUT = {
+    "missing file": (None, {}),
+    "empty file": (b"", {}),
+    "header only": (b"text,label\n", {}),
+    "missing column": (b"words,label\nhello there,good\n", {}),
+    "one class only": (b"text,label\n" + b"".join(b"text number %d,good\n" % n for n in range(200)), {}),
+    "not UTF-8": ("text,label\ncafé olé,good\n".encode("latin-1") * 200, {}),
+    "labels outside the set": (None, {"data__labels": ["good", "excellent"]}),
+    "20,000 characters": (b"text,label\n" + b"x" * 20_000 + b",good\n" + b"short,bad\n" * 200, {}),
+    "labels missing": (b"text,label\nhello,NaN\nthere,good\n" * 100, {}),
+    "duplicate ids": (b"text,label,id\nhello,bad,7\nthere,good,7\n", {"data__columns": {"id": "id"}}),
+    "gzip cut short": (gzip.compress(b"text,label\nhello,good\n" * 5000)[:-200], {}),
+    "reduction factor too large": ("toy", {"adapter__bottleneck__reduction_factor": 4000}),
+    "base without weights": ("toy", {"base__name": "EMPTY"}),
+    "hub base while offline": ("toy", {"base": {"name": "nobody/nothing", "revision": "0" * 40}}),
+    "hub base without revision": ("toy", {"base": {"name": "nobody/nothing"}}),
+    "base with another digest": ("toy", {"base__weights_sha256": "0" * 64}),
+    "hub data while offline": ("toy", {"data__source": "nobody/nothing"}),
+    "wrong S3 key": ("toy", {"data__source": f"{STORE}/no/such.csv"}),
+    "no such bucket for data": ("toy", {"data__source": "s3://no-such-bucket/rows.csv"}),
+    "no such bucket for the store": ("toy", {"registry__store": "s3://no-such-bucket"}),
+    "more tokens than the base reads": ("toy", {"training__max_tokens": 5000}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_in_one_line_and_nothing_is_lost(case: str, settings: Settings, tmp_path: Path) -> None:
+    content, overrides = BAD_INPUT[case]
+    model = "bad-input"
+    if "EMPTY" in overrides.values():
+        (tmp_path / "empty-base").mkdir()
+        overrides = {"base__name": str(tmp_path / "empty-base")}
+    if content != "toy" and "data__labels" not in overrides:
+        path = tmp_path / ("rows.csv.gz" if "gzip" in case else "rows.csv")
+        if content is not None:
+            path.write_bytes(content)  # type: ignore[arg-type]
+        overrides = {**overrides, "data__source": str(path)}
+    with pytest.raises(AdapterlineError) as caught:
+        retrain(settings(model, rows=200, **overrides))
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith("expected ")
+    assert "; found " in line
+    assert candidate(model) is None
+    assert count(model) == 0
+
+
+@pytest.mark.slow
+def test_a_version_whose_predictions_are_not_reproduced_is_taken_back(
+    settings: Settings, tmp_path: Path, workspace: Path
+) -> None:
+    retrain(settings("proof"))
+    standing = candidate("proof")
+    assert standing is not None
+    there = connect()
+    name = next(name for name in jobs(workspace) if name.startswith("pfeiffer-"))
+    folder = tmp_path / "forged"
+    shutil.copytree(workspace / "jobs" / name, folder)
+    manifest = bundle.read_manifest(folder)
+    honest = bundle.read_predictions(folder)
+    forged = bundle.Predictions(honest.rows, honest.labels, honest.probabilities[:, ::-1].copy())
+    bundle.write_predictions(folder, forged)
+    (folder / bundle.MANIFEST).unlink()
+    about = manifest.model_dump(exclude={"files", "libraries"})
+    bundle.write_manifest(folder, **about)
+    parts, _ = ledger.load_parts(manifest.data_uri, manifest.data_digest, tmp_path / "split")
+    run = tracking.start(there, "forged", {})
+    with pytest.raises(AdapterlineError, match="test probabilities"):
+        versions.register(there, run, "proof", folder, parts["test"], {}, "forged")
+    assert candidate("proof") == standing
+    assert count("proof") == 1
+
+
+def test_toy_rows_are_all_different(tmp_path: Path) -> None:
+    """The flow tests stand on rows that no cleaning drops."""
+    texts = [text for text, _ in toy_rows(600)]
+    assert len(set(texts)) == len(texts)
+    assert write_csv(tmp_path / "x.csv", toy_rows(3)).read_text().count("\n") == 4
