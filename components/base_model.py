@@ -107,8 +107,9 @@ def find_pinned(pin: BasePin) -> BaseModel:
 def load_classifier(base: BaseModel, labels: tuple[str, ...]) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base with a classification head, in float32, and the names of the head's modules.
 
-    The head is what the checkpoint does not hold and training therefore must make: it is drawn from the current random
-    state, so seed first. Attention dropout is off: it sends attention to a slow path and a frozen base gains nothing.
+    The head is what stands on the transformer, and whatever else the checkpoint does not hold. What it does not hold is
+    drawn from the current random state, so seed first. Attention dropout is off: it sends attention to a slow path and
+    a frozen base gains nothing.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -132,8 +133,12 @@ def load_classifier(base: BaseModel, labels: tuple[str, ...]) -> tuple[PreTraine
             local_files_only=True,
             dtype="float32",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a checkpoint that is a classifier of other labels gives its transformer
         )
-    return model, _modules(loading["missing_keys"])
+    prefix = f"{model.base_model_prefix}."
+    outside = (name for name, _ in model.named_parameters() if not name.startswith(prefix))
+    drawn = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
+    return model, _modules({*outside, *drawn, *loading["missing_keys"]})
 
 
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerFast:
@@ -149,7 +154,7 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _modules(parameters: Iterator[str]) -> tuple[str, ...]:
+def _modules(parameters: set[str]) -> tuple[str, ...]:
     return tuple(sorted({name.rpartition(".")[0] for name in parameters}))
 
 

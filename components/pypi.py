@@ -61,7 +61,11 @@ def _download(archive: Archive, fresh: Path, target: Path) -> None:
                     f"put the file into {target.parent} by hand, or set PIP_INDEX_URL to an index that has it",
                 )
             client.download_package(files[archive.filename], fresh, verify=False)
-    except (requests.RequestException, NoSuchProjectError) as error:
+    except NoSuchProjectError as error:
+        raise StorageError(
+            f"project {archive.project} in the package index", "no such project", "check PIP_INDEX_URL"
+        ) from error
+    except requests.RequestException as error:
         raise StorageUnavailable(
             f"{archive.filename} from the package index",
             f"{type(error).__name__} while fetching it",

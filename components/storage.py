@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from components.errors import StorageError, StorageUnavailable
+
+
+# Local files are written in a folder of this name and moved, so that a reader sees a whole file or none.
+UNFINISHED = ".unfinished-"
 
 
 def is_s3(uri: str) -> bool:
@@ -57,8 +62,13 @@ def write(uri: str, content: bytes, *, if_absent: bool = False) -> bool:
     path = Path(uri)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("xb" if if_absent else "wb") as file:
-            file.write(content)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
+            fresh = Path(folder) / path.name
+            fresh.write_bytes(content)
+            if if_absent:
+                os.link(fresh, path)  # refused when the name is taken
+            else:
+                fresh.replace(path)
     except OSError as error:
         if if_absent and isinstance(error, FileExistsError) and path.is_file():
             return False
@@ -86,7 +96,8 @@ def names(uri: str) -> list[str]:
     """Sorted names of the objects (or files) directly or deeper below a prefix, relative to it."""
     if not is_s3(uri):
         root = Path(uri)
-        return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        found = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        return sorted(name for name in found if UNFINISHED not in name)
     bucket, prefix = _parts(uri)
     prefix = prefix.rstrip("/") + "/"
     with _errors(uri):

@@ -135,7 +135,7 @@ def split(config: RetrainConfig, rows_: Rows, run: Run) -> Record:
     record = next((each for each in reversed(earlier) if each.answers(rows_.data_digest, settings, rows_.labels)), None)
     if record is None:
         with tempfile.TemporaryDirectory() as folder:
-            frozen = ledger.load_frozen(earlier[-1].split_uri, Path(folder)) if earlier else None
+            frozen = ledger.load_frozen(store, earlier[-1], Path(folder)) if earlier else None
             record = ledger.accept(
                 store, config.model, split_rows(cleaned, config.split, frozen), rows_.data_digest, settings
             )
@@ -184,6 +184,9 @@ def train(spec: JobSpec, compute: ComputeConfig, run: Run) -> Trained:
         params=_flat(spec.model_dump(mode="json", include={"method", "bottleneck", "schedule", "training", "seed"})),
         tags={"bundle_digest": manifest.digest, "reused": str(reused).lower()},
     )
+    if reused:  # else the job has sent them as it went
+        for epoch in measured["history"]:
+            tracking.record(run.tracking, run_id, metrics=epoch, step=epoch["step"])
     tracking.keep(run.tracking, run_id, {"metrics.json": json.dumps(measured, indent=2)})
     tracking.finish(run.tracking, run_id)
     screen.trained(role, spec, measured, reused)

@@ -196,3 +196,15 @@ def test_attention_dropout_is_off(tmp_path: Path, family: str) -> None:
 
 def test_a_pin_is_described_by_flat_tags(tiny_base: Path) -> None:
     assert all(isinstance(value, str) for value in base_model.describe(found(tiny_base).pin).values())
+
+
+@pytest.mark.parametrize("labels", [("bad", "good"), ("bad", "good", "plain")])
+def test_the_head_of_a_checkpoint_that_is_a_classifier_is_trained_anew(
+    tiny_base: Path, tmp_path: Path, labels: tuple[str, ...]
+) -> None:
+    model, _ = base_model.load_classifier(base_model.find(BaseConfig(name=str(tiny_base))), ("bad", "good"))
+    model.save_pretrained(tmp_path)
+    base_model.load_tokenizer(base_model.find(BaseConfig(name=str(tiny_base)))).save_pretrained(tmp_path)
+    again, head = base_model.load_classifier(base_model.find(BaseConfig(name=str(tmp_path))), labels)
+    assert head == ("classifier",)
+    assert again.classifier.out_features == len(labels)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from components import storage
 from components.config import Frozen
-from components.data.split import PARTS, Split, split_digest
+from components.data.split import PARTS, Split, split_digest, table_digest
 from components.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Record(Frozen):
     split_config_digest: str
     split_digest: str
     split_uri: str
+    frozen_digest: str
     labels: tuple[str, ...]
     rows_per_label: dict[str, int]
     rows_per_part: dict[str, int]
@@ -55,6 +56,10 @@ def accept(store: str, model: str, split: Split, data_digest: str, split_config_
     digest = split.digest
     uri = storage.join(store, "splits", digest)
     save(split, uri)
+    frozen = table_digest(split.frozen)
+    with tempfile.TemporaryDirectory() as folder:
+        split.frozen.to_parquet(path := Path(folder) / "frozen.parquet")
+        storage.write(_frozen_uri(store, frozen), path.read_bytes())
     counts = dict.fromkeys(split.labels, 0)
     for table in split.parts.values():
         for code in table["label"]:
@@ -64,6 +69,7 @@ def accept(store: str, model: str, split: Split, data_digest: str, split_config_
         split_config_digest=split_config_digest,
         split_digest=digest,
         split_uri=uri,
+        frozen_digest=frozen,
         labels=split.labels,
         rows_per_label=counts,
         rows_per_part={name: len(table) for name, table in split.parts.items()},
@@ -79,7 +85,7 @@ def save(split: Split, uri: str) -> None:
     """Write the parts as Parquet, then `split.json`, whose presence means that all is there."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part, table in {**split.parts, "frozen": split.frozen}.items():
+        for part, table in split.parts.items():
             table.to_parquet(folder / f"{part}.parquet")
         about = {
             "digest": split.digest,
@@ -109,9 +115,20 @@ def load_parts(uri: str, digest: str, folder: Path) -> tuple[dict[str, Dataset],
     return parts, labels
 
 
-def load_frozen(uri: str, folder: Path) -> Dataset:
-    """Every row that any data set up to this split held out for testing."""
-    return _table(storage.download(storage.join(uri, "frozen.parquet"), folder / "frozen.parquet"))
+def load_frozen(store: str, record: Record, folder: Path) -> Dataset:
+    """Every row that any data set up to this record held out for testing.
+
+    Raises DataError when it is not what was saved: a row lost here could be trained on.
+    """
+    uri = _frozen_uri(store, record.frozen_digest)
+    try:
+        table = _table(storage.download(uri, folder / "frozen.parquet"))
+        found = table_digest(table)
+    except (OSError, ValueError) as error:
+        raise DataError(f"the frozen test rows at {uri}", "a damaged file", "restore it from a copy") from error
+    if found != record.frozen_digest:
+        raise DataError(f"frozen test rows {record.frozen_digest[:12]} at {uri}", found[:12], "restore it from a copy")
+    return table
 
 
 def learned_rows(uri: str) -> set[str]:
@@ -143,6 +160,10 @@ def _table(path: Path) -> Dataset:
 
 def _folder(store: str, model: str) -> str:
     return storage.join(store, "data", model)
+
+
+def _frozen_uri(store: str, digest: str) -> str:
+    return storage.join(store, "frozen", f"{digest}.parquet")
 
 
 def _record_uri(store: str, model: str, number: int) -> str:

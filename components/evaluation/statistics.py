@@ -17,7 +17,7 @@ Floats = npt.NDArray[np.floating]
 Verdict = Literal["pass", "fail", "inconclusive"]
 
 # Above this many rows the bootstrap distribution of a mean is the normal one to more digits than are ever shown.
-NORMAL_FROM = 20_000
+NORMAL_FROM = 5_000
 # Numbers held at once while resampling: 40 MB of float64.
 BLOCK = 5_000_000
 # The chance to find a true effect of the size seen, for which the number of rows needed is computed.

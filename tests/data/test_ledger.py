@@ -63,13 +63,13 @@ def test_record_answers_for_its_own_data_and_settings_only(store: str, first: Sp
 
 def test_frozen_rows_of_all_data_sets_come_back(store: str, first: Split, second: Split, tmp_path: Path) -> None:
     accept(store, first)
-    frozen = ledger.load_frozen(accept(store, second).split_uri, tmp_path)
+    frozen = ledger.load_frozen(store, accept(store, second), tmp_path)
     assert set(frozen["row"]) == {*first.test["row"], *second.test["row"]}
 
 
 def test_frozen_rows_that_came_back_freeze_again(store: str, first: Split, tmp_path: Path) -> None:
     """What the store returns serves the next split as what was saved would have."""
-    frozen = ledger.load_frozen(accept(store, first).split_uri, tmp_path)
+    frozen = ledger.load_frozen(store, accept(store, first), tmp_path)
     rows = cleaned(toy_rows(100) + toy_rows(50, seed=2))
     assert split(rows, SplitConfig(seed=5), frozen).digest == split(rows, SplitConfig(seed=5), first.frozen).digest
 
@@ -147,3 +147,12 @@ def test_damaged_record_is_refused(store: str, first: Split) -> None:
     Path(store, "data", "model", "000001.json").write_text('{"data_digest": 1}')
     error = refusal(lambda: ledger.records(store, "model"), DataError)
     assert "000001.json" in error.expected
+
+
+def test_frozen_rows_that_were_changed_are_refused(store: str, first: Split, second: Split, tmp_path: Path) -> None:
+    one, other = accept(store, first), accept(store, second)
+    assert one.frozen_digest != other.frozen_digest
+    frozen = Path(store) / "frozen"
+    (frozen / f"{one.frozen_digest}.parquet").replace(frozen / f"{other.frozen_digest}.parquet")
+    with pytest.raises(DataError, match="frozen test rows"):
+        ledger.load_frozen(store, other, tmp_path)
