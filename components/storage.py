@@ -16,7 +16,6 @@ from typing import Any
 
 from components.errors import StorageError, StorageUnavailable
 
-
 # Local files are written in a folder of this name and moved, so that a reader sees a whole file or none.
 UNFINISHED = ".unfinished-"
 

@@ -119,7 +119,7 @@ def judge(evidence: Evidence, config: GateConfig) -> GateReport:
         _against_tfidf(evidence, config, rng),
     ]
     scores = {
-        name: estimates(evidence.labels, probabilities, 0.95, config.resamples, rng)
+        name: _named(estimates(evidence.labels, probabilities, 0.95, config.resamples, rng), evidence.label_names)
         for name, probabilities in (
             ("adapter", evidence.adapter),
             ("full fine-tuning", evidence.baseline),
@@ -133,6 +133,12 @@ def judge(evidence: Evidence, config: GateConfig) -> GateReport:
     elif "inconclusive" in verdicts:
         overall = "inconclusive"
     return GateReport(overall, tuple(rules), scores)
+
+
+def _named(scores: dict[str, Estimate], labels: Sequence[str]) -> dict[str, Estimate]:
+    """Scores with recalls under the names of their classes."""
+    names = {f"recall_{code}": f"recall_{label}" for code, label in enumerate(labels)}
+    return {names.get(name, name): estimate for name, estimate in scores.items()}
 
 
 def _broken(evidence: Evidence) -> str | None:

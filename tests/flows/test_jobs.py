@@ -1,0 +1,130 @@
+"""Jobs as subprocesses and over S3: followed, killed, resumed, ended with their flow."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from components import base_model, storage
+from components.config import BaseConfig, Columns, DataConfig, RetrainConfig
+from components.data import ledger, rows, sources
+from components.data.split import split
+from components.errors import JobKilled, TrainingError
+from components.registry import bundle
+from components.training import job, progress
+from components.training.spec import DataRef, JobSpec, Limits
+from flows import jobs
+from flows.values import Plan
+from tests.conftest import toy_rows, write_csv
+from tests.flows.conftest import Settings
+
+STORE = "s3://adapterline/jobs-test"
+servers = [pytest.mark.integration, pytest.mark.xdist_group("servers"), pytest.mark.usefixtures("servers")]
+
+MakeSpec = Callable[[str], JobSpec]
+
+
+@pytest.fixture
+def spec(settings: Settings, tmp_path: Path) -> MakeSpec:
+    """Makes the adapter job of the toy task, its data saved in a store."""
+
+    def make(store: str) -> JobSpec:
+        config: RetrainConfig = settings("jobs", rows=300)
+        read = sources.read(config.data)
+        labels = rows.label_names(read.table, None)
+        record = ledger.accept(store, "jobs", split(rows.clean(read.table, labels), config.split), "data", "settings")
+        base = base_model.find(BaseConfig(name=config.base.name))
+        return Plan(config, base.pin, "data", labels, Limits(threads=1, device="cpu")).adapter(record)
+
+    return make
+
+
+def ignore(event: progress.Event) -> None:
+    """Progress that nobody looks at."""
+
+
+def follow(spec: JobSpec, out: Path, report: Callable[[progress.Event], None] = ignore) -> None:
+    jobs.follow(spec, out, "", "", 600, report)
+
+
+def child() -> psutil.Process:
+    (found,) = (each for each in psutil.Process().children() if "components.training.job" in each.cmdline())
+    return found
+
+
+def test_a_killed_job_is_told_apart_and_resumes_to_the_same_predictions(spec: MakeSpec, tmp_path: Path) -> None:
+    task = spec(str(tmp_path / "store"))
+    epochs: list[int] = []
+
+    def kill_after_two_epochs(event: progress.Event) -> None:
+        if event.metrics is not None:
+            epochs.append(event.epoch)
+            if len(epochs) == 2:
+                child().send_signal(signal.SIGKILL)
+
+    with pytest.raises(JobKilled, match="SIGKILL"):
+        follow(task, tmp_path / "killed", kill_after_two_epochs)
+    assert not bundle.is_complete(tmp_path / "killed")
+    resumed: list[int] = []
+    follow(task, tmp_path / "killed", lambda event: resumed.append(event.epoch) if event.metrics else None)
+    assert resumed[0] > 1, "it went on from a checkpoint"
+
+    follow(task, tmp_path / "undisturbed")
+    one, other = (bundle.read_predictions(tmp_path / name) for name in ("killed", "undisturbed"))
+    assert (one.probabilities == other.probabilities).all()
+
+
+def test_a_job_ends_with_the_flow_that_started_it(spec: MakeSpec, tmp_path: Path) -> None:
+    started: list[psutil.Process] = []
+
+    def interrupt(event: progress.Event) -> None:
+        started.append(child())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(spec(str(tmp_path / "store")), tmp_path / "out", interrupt)
+    assert not started[0].is_running()
+
+
+def test_a_job_beyond_its_time_is_ended_and_says_so(spec: MakeSpec, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="still running"):
+        jobs.follow(spec(str(tmp_path / "store")), tmp_path / "out", "", "", 0.5, ignore)
+
+
+def test_a_failing_job_gives_its_own_line(spec: MakeSpec, tmp_path: Path) -> None:
+    task = spec(str(tmp_path / "store"))
+    broken = task.model_copy(update={"data": DataRef(uri=str(tmp_path / "nowhere"), digest="0" * 64)})
+    with pytest.raises(TrainingError, match="nothing there") as caught:
+        follow(broken, tmp_path / "out")
+    assert not caught.value.retry_can_help
+
+
+class TestOverS3:
+    pytestmark = servers
+
+    def test_data_and_bundle_travel_by_uri(
+        self, spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("ADAPTERLINE_CACHE", str(tmp_path / "cache"))
+        task = spec(STORE)
+        out = f"{STORE}/bundle"
+        first = job.run(task, out, ignore)
+        assert storage.names(out)[-2:] == ["metrics.json", "predictions.safetensors"]
+        assert storage.exists(f"{out}/{bundle.MANIFEST}")
+        assert job.run(task, out, ignore) == first
+        local = storage.download_folder(out, tmp_path / "back")
+        assert bundle.read_manifest(local) == first
+
+    def test_rows_are_read_from_s3(self, tmp_path: Path) -> None:
+        path = write_csv(tmp_path / "rows.csv", toy_rows(50), ("body", "queue"))
+        storage.write(f"{STORE}/rows.csv", path.read_bytes())
+        columns = Columns(text="body", label="queue")
+        there, here = (
+            sources.read(DataConfig(source=source, columns=columns)).table
+            for source in (f"{STORE}/rows.csv", str(path))
+        )
+        assert rows.data_digest(there) == rows.data_digest(here)
