@@ -60,7 +60,7 @@ def fetch(config: RetrainConfig) -> Rows:
     labels = rows.label_names(read.table, config.data.labels)
     digest_ = rows.data_digest(read.table)
     path = Path(config.compute.workspace) / "rows" / f"{digest_}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # texts are for their owner
     read.table.to_parquet(path)
     log.info("data      %s rows from %s", f"{len(read.table):,}", config.data.source)
     return Rows(path, digest_, read.source, read.revision, labels, len(read.table))

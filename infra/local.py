@@ -65,7 +65,7 @@ class Stack:
 @contextlib.contextmanager
 def stack(folder: Path = FOLDER) -> Iterator[Stack]:
     """The stack, up for the length of the block. Raises StackError when it does not come up."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # keys and rows are for their owner
     with (folder / "users.lock").open("w") as users:
         with _alone(folder):
             fcntl.flock(users, fcntl.LOCK_SH)

@@ -131,7 +131,7 @@ class TestDeployment:
     def test_the_nightly_deployment_runs_in_a_worker(
         self, servers: dict[str, str], settings: Settings, tmp_path: Path
     ) -> None:
-        environment = {**os.environ, **servers, "ADAPTERLINE_HOME": str(HOME), "PREFECT_WORKER_QUERY_SECONDS": "1"}
+        environment = {**os.environ, **servers, "PREFECT_WORKER_QUERY_SECONDS": "1"}
 
         def prefect(*arguments: str) -> subprocess.CompletedProcess[str]:
             command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
