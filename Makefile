@@ -4,9 +4,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Where torch comes from: a folder of wheels that pip is configured to look at, else uv looks at the machine and takes
-# the CPU build where there is no GPU, so that no CUDA package is downloaded in vain.
-WHEELS = $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+# Where torch comes from: a folder of wheels that pip is configured to look at, if it has one of torch; else uv looks at
+# the machine and takes the CPU build where there is no GPU, so that no CUDA package is downloaded in vain.
+FOLDERS = $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
+WHEELS = $(firstword $(foreach folder,$(FOLDERS),$(if $(wildcard $(folder)/torch-2.13*),$(folder))))
 TORCH_SOURCE = $(if $(WHEELS),--find-links "$(WHEELS)",--torch-backend=$(or $(UV_TORCH_BACKEND),auto))
 
 .PHONY: help install demo test lint mlflow clean

@@ -194,6 +194,12 @@ class RegistryConfig(Frozen):
     tracking_uri: str | None = Field(None, description="MLflow; by default $MLFLOW_TRACKING_URI")
     experiment: str = "adapterline"
 
+    @model_validator(mode="after")
+    def _no_password(self) -> RegistryConfig:
+        if "@" in (self.tracking_uri or ""):
+            raise ValueError("tracking_uri must hold no password: set MLFLOW_TRACKING_USERNAME and _PASSWORD instead")
+        return self
+
 
 class ComputeConfig(Frozen):
     """What jobs may use. Nothing here changes what is learned, except the device's own rounding."""

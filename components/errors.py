@@ -3,7 +3,8 @@
     AdapterlineError            exit code 1
     ├── ConfigError             a parameter is unknown, missing or out of range
     ├── DataError               rows cannot be read, or are not what was declared
-    │   └── ValidationFailed    rows were read and did not meet an expectation of severity `error`
+    │   ├── ValidationFailed    rows were read and did not meet an expectation of severity `error`
+    │   └── LedgerMoved         another run had its data accepted meanwhile  (a retry can help)
     ├── BaseModelError          the base model is missing, incomplete, or not the pinned one
     ├── BundleError             a bundle is incomplete, changed, or made for something else
     ├── StorageError            a file, bucket or object cannot be reached
@@ -48,6 +49,12 @@ class DataError(AdapterlineError):
 
 class ValidationFailed(DataError):
     """Rows were read and did not meet an expectation of severity `error`."""
+
+
+class LedgerMoved(DataError):
+    """Another run had its data accepted for the same model meanwhile."""
+
+    retry_can_help = True
 
 
 class BaseModelError(AdapterlineError):

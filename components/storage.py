@@ -127,6 +127,8 @@ def download_folder(uri: str, target: Path) -> Path:
     if not found:
         raise _missing(uri)
     for name in found:
+        if not (target / name).resolve().is_relative_to(target.resolve()):
+            raise StorageError(f"names below {uri}", f"one that leads out of it, {name!r}", "do not use this folder")
         download(join(uri, name), target / name)
     return target
 
@@ -153,7 +155,7 @@ def _put(uri: str, content: bytes, if_absent: bool) -> bool:
         try:
             _client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
         except ClientError as error:
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
+            if if_absent and error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
                 return False
             raise
     return True

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from components import config
 from components.config import RetrainConfig
-from components.errors import AdapterlineError, ConfigError
+from components.errors import AdapterlineError, ConfigError, RegistryError
 from infra import local
 
 
@@ -38,8 +38,7 @@ def main(flow: Callable[[RetrainConfig], str], arguments: list[str] | None = Non
             config.preset(options.preset) if options.preset else options.config, _overrides(options.set)
         )
         with _servers(), _terminal():
-            flow(settings)
-            _closing(settings)
+            _closing(settings, flow(settings))
     except (AdapterlineError, local.StackError) as error:
         if options.debug:
             raise
@@ -107,22 +106,23 @@ def _listen(debug: bool) -> None:
         each.setLevel(logging.CRITICAL)
 
 
-def _closing(settings: RetrainConfig) -> None:
-    """Predictions on the preset's own sentences, by the very command that a user would type, and where to look."""
+def _closing(settings: RetrainConfig, version: str) -> None:
+    """Predictions on the preset's own sentences, by the very command that a user would type, and where to look.
+
+    Raises RegistryError when the version does not answer.
+    """
+    ours = not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
     python = os.path.relpath(sys.executable)
-    local_run = (
-        "" if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http") else f"{python} -m infra.local run -- "
-    )
-    version = f"models:/{settings.model}@candidate"
     if settings.report.examples:
         command = [sys.executable, "-m", "components.serving.score", version, "--text", *settings.report.examples]
         answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        shown = answer.stdout.rstrip() or (answer.stderr.strip().splitlines() or ["no answer"])[-1]
+        if answer.returncode != 0:
+            raise RegistryError(f"{version} to predict", answer.stderr.strip(), "see the message")
         print("\nprediction of the registered version:")
-        for text, line in zip(["", *settings.report.examples], shown.splitlines(), strict=False):
-            print(f"  {line}    {text}")
+        for text, line in zip(["", *settings.report.examples], answer.stdout.splitlines(), strict=False):
+            print(f"  {line}    {text}".rstrip())
     print("\nlook further:")
-    print(
-        f"  {python} -m infra.local mlflow            runs, metrics, gate table and versions at http://127.0.0.1:5000"
-    )
-    print(f"  {local_run}{python} -m components.serving.score {version} --text 'your sentence'")
+    if ours:
+        print(f"  {python} -m infra.local mlflow     # runs, gate table and versions at http://127.0.0.1:5000")
+    run = f"{python} -m infra.local run -- " if ours else ""
+    print(f"  {run}{python} -m components.serving.score {version} --text 'your sentence'")

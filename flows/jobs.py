@@ -24,26 +24,37 @@ from flows.values import Run, Trained
 CANCEL_S = 10
 
 
+_running: set[subprocess.Popen[str]] = set()
+
+
 def at_once(compute: ComputeConfig) -> int:
     """How many of the two jobs fit into free memory side by side."""
     return 2 if psutil.virtual_memory().available >= 2 * compute.job_memory_gb * 1e9 else 1
 
 
-def limits(compute: ComputeConfig) -> Limits:
+def limits(compute: ComputeConfig, jobs: int) -> Limits:
     """The cores shared among the jobs that run at once."""
     cores = len(os.sched_getaffinity(0))
-    return Limits(threads=compute.threads or max(1, cores // at_once(compute)), device=compute.device)
+    return Limits(threads=compute.threads or max(1, cores // jobs), device=compute.device)
 
 
 def side_by_side(
-    train: Task[..., Trained], specs: Sequence[JobSpec], compute: ComputeConfig, run: Run
+    train: Task[..., Trained], specs: Sequence[JobSpec], jobs: int, compute: ComputeConfig, run: Run
 ) -> list[Trained]:
-    """Run the jobs as concurrent tasks where memory allows, else one after the other. Results in the order of specs."""
-    if at_once(compute) < len(specs):
+    """Run the jobs as concurrent tasks, or one after the other when `jobs` is 1. Results in the order of specs.
+
+    When the flow is interrupted, the jobs are ended with it: tasks run in threads that no signal reaches.
+    """
+    if jobs < len(specs):
         return [train(spec, compute, run) for spec in specs]
     futures = [train.submit(spec, compute, run) for spec in specs]
-    for future in futures:
-        future.wait()
+    try:
+        for future in futures:
+            future.wait()
+    except BaseException:
+        for process in list(_running):
+            process.terminate()
+        raise
     return [future.result() for future in futures]
 
 
@@ -72,6 +83,7 @@ def follow(
     }
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        _running.add(process)
         expired = _Alarm(process, timeout_s)
         try:
             for line in process.stdout or ():
@@ -81,6 +93,7 @@ def follow(
         finally:
             expired.cancel()
             _end(process)
+            _running.discard(process)
         errors.seek(0)
         last = (errors.read().strip().splitlines() or ["no message"])[-1]
     if expired.fired:
@@ -89,10 +102,11 @@ def follow(
             "one that is still running",
             "raise compute.timeout_hours; it resumes",
         )
+    if code == -signal.SIGKILL:  # what the kernel sends when memory runs out
+        raise JobKilled(f"job {spec.method} to finish", "its process killed by SIGKILL", "give it memory; it resumes")
     if code < 0:
         name = signal.Signals(-code).name
-        hint = "; the kernel does so when memory runs out" if code == -signal.SIGKILL else ""
-        raise JobKilled(f"job {spec.method} to finish", f"its process ended by {name}{hint}", "run again: it resumes")
+        raise TrainingError(f"job {spec.method} to finish", f"its process ended by {name}", "run again: it resumes")
     if code != 0:
         raise _failed(spec, last)
 

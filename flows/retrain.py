@@ -20,7 +20,8 @@ from flows.jobs import side_by_side
 
 @flow(name="retrain", persist_result=False)
 def retrain(config: RetrainConfig) -> str:
-    """Register a new candidate of `config.model` if it passes the gate. Returns the version that answers, as a URI.
+    """Register a new candidate of `config.model` if it passes the gate. Returns the version that answers,
+    as models:/NAME/NUMBER.
 
     Raises AdapterlineError; of these, GateFailed and GateInconclusive when the gate did not pass.
     """
@@ -28,18 +29,20 @@ def retrain(config: RetrainConfig) -> str:
     plan = steps.plan(config, rows)
     if standing := steps.up_to_date(config, plan):
         screen.up_to_date(standing)
-        return standing.uri
+        return standing.address
+    steps.check(config)
 
     with steps.recorded(config, rows, plan) as run:
         steps.validate(config, rows, run)
         split = steps.split(config, rows, run)
-        baseline, adapter = side_by_side(steps.train, [plan.baseline(split), plan.adapter(split)], config.compute, run)
-        report = steps.gate(config, split, baseline, adapter, run)
-        screen.results(report, baseline, adapter)
-        report.verdict.raise_unless_passed()
-        version = steps.register(config, plan, split, adapter, report, run)
-        screen.registered(version, adapter)
-    return version.uri
+        jobs = [plan.baseline(split), plan.adapter(split)]
+        baseline, adapter = side_by_side(steps.train, jobs, plan.jobs_at_once, config.compute, run)
+        judged = steps.gate(config, split, baseline, adapter, run)
+        screen.results(judged, baseline, adapter)
+        judged.report.raise_unless_passed()
+        version = steps.register(config, plan, split, adapter, judged, run)
+        screen.registered(version)
+    return version.address
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ def data(counts: Mapping[str, int]) -> None:
     contradicting = counts["contradicting_rows_dropped"]
     log.info("split     %s rows kept: %s", f"{kept:,}", parts)
     log.info("          dropped %s exact duplicates, %s rows with contradicting labels", duplicates, contradicting)
+    if together := counts["near_duplicates_kept_together"]:
+        log.info("          %s near duplicates stay in the part of their likes", f"{together:,}")
 
 
 def trained(role: str, spec: JobSpec, measured: Mapping[str, Any], reused: bool) -> None:
@@ -102,7 +104,7 @@ def trained(role: str, spec: JobSpec, measured: Mapping[str, Any], reused: bool)
 
 def results(judged: Judged, baseline: Trained, adapter: Trained) -> None:
     """The comparison and the verdict with its reasons."""
-    for line in (*_comparison(judged, baseline, adapter), "", *_verdict(judged.verdict)):
+    for line in (*_comparison(judged, baseline, adapter), "", *_verdict(judged.report)):
         log.info("%s", line)
 
 
@@ -123,7 +125,7 @@ def summary(report: GateReport) -> str:
     return "\n".join([head, "", "| verdict | rule | reason |", "|---|---|---|", *rules])
 
 
-def registered(version: Version, adapter: Trained) -> None:
+def registered(version: Version) -> None:
     log.info("")
     log.info("registered version %s of %s as candidate: %s", version.number, version.name, _bytes(version.size))
     log.info("          %s", version.uri)
@@ -144,7 +146,7 @@ def _comparison(judged: Judged, baseline: Trained, adapter: Trained) -> list[str
     table = Table(box=None, pad_edge=False, header_style="")
     for name in ("", "accuracy", "macro F1", "trained parameters", "training", "on disk"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    scores = judged.verdict.scores
+    scores = judged.report.scores
     for label, name, job in (
         (f"adapter ({adapter.manifest.method})", "adapter", adapter),
         ("full fine-tuning", "full fine-tuning", baseline),

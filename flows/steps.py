@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from components.config import ComputeConfig, RetrainConfig
 from components.data import expectations, ledger, rows, sources
 from components.data.ledger import Record
 from components.data.split import split as split_rows
-from components.errors import AdapterlineError, BundleError
+from components.errors import AdapterlineError, BundleError, ConfigError, RegistryError
 from components.evaluation import gate as rules
 from components.registry import bundle, tracking, versions
 from components.registry.versions import Version
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger("adapterline")
+
+# A saved split answers only for the code that made it.
+SPLIT_CODE = ("data/split", "data/near_duplicates", "data/rows")
 
 
 def _can_help(task: Any, task_run: Any, state: Any) -> bool:
@@ -70,13 +74,25 @@ def fetch(config: RetrainConfig) -> Rows:
 def plan(config: RetrainConfig, rows: Rows) -> Plan:
     """Pin the base model and fix what will be trained."""
     base = base_model.find(config.base)
-    return Plan(config, base.pin, rows.data_digest, rows.labels, jobs.limits(config.compute))
+    at_once = jobs.at_once(config.compute)
+    return Plan(config, base.pin, rows.data_digest, rows.labels, at_once, jobs.limits(config.compute, at_once))
 
 
 @task(**RETRIED, name="up to date?")
 def up_to_date(config: RetrainConfig, plan: Plan) -> Version | None:
     """The version that an equal run already made and that still stands, if there is one."""
     return versions.answering(tracking.connect(config.registry), config.model, plan.digest)
+
+
+@task(**STEP, name="check")
+def check(config: RetrainConfig) -> None:
+    """Does the adapter fit the base? Raises ConfigError with everything that does not, before anything is trained."""
+    from components.adapters.places import misfits
+
+    base = base_model.find(config.base)
+    problems = misfits(base.path, config.adapter.bottleneck, config.training.max_tokens)
+    if problems:
+        raise ConfigError("an adapter that fits the base model", "; ".join(problems), "correct adapter and training")
 
 
 @contextmanager
@@ -99,25 +115,26 @@ def recorded(config: RetrainConfig, rows: Rows, plan: Plan) -> Iterator[Run]:
         yield run
     except BaseException as error:
         reason = str(error) if isinstance(error, AdapterlineError) else type(error).__name__
-        tracking.record(connection, run.id, tags={"reason": reason[:5000]})
-        tracking.finish(connection, run.id, "FAILED")
+        tracking.keep_failure(connection, run.id, reason)
         raise
     tracking.finish(connection, run.id)
 
 
-@task(**STEP, name="validate")
+@task(**RETRIED, name="validate")
 def validate(config: RetrainConfig, rows: Rows, run: Run) -> None:
     """Check the rows against all expectations. Raises ValidationFailed before anything is trained."""
     accepted = ledger.records(config.registry.store, config.model)
     previous = accepted[-1].rows_per_label if accepted else None
     report = expectations.validate(
-        _table(rows.path), rows.labels, config.validation, previous, config.report.show_samples
+        ledger.read_table(rows.path), rows.labels, config.validation, previous, config.report.show_samples
     )
     page = run.reports / "data.html"
     page.write_text(report.html, encoding="utf-8")
     tracking.keep(run.tracking, run.id, {"data/report.html": report.html, "data/validation.json": report.result})
     link = run.tracking.page(run.id, "data/report.html")
-    create_link_artifact(link, "data report", key="data-report", description="What Great Expectations found")
+    create_link_artifact(
+        link, "data report", key=_key("data", config.model), description="What Great Expectations found"
+    )
     for warning in report.warnings:
         log.warning("warning   expected %s; found %s", warning.expected, warning.found)
     report.raise_for_errors(str(page))
@@ -129,21 +146,23 @@ def validate(config: RetrainConfig, rows: Rows, run: Run) -> None:
 @task(**RETRIED, name="split")
 def split(config: RetrainConfig, rows_: Rows, run: Run) -> Record:
     """Part the rows without leaks; the same data and settings give the split that was saved for them."""
-    store, settings = config.registry.store, digest.of_json(config.split.model_dump(mode="json"))
-    cleaned = rows.clean(_table(rows_.path), rows_.labels)
+    store = config.registry.store
+    settings = digest.of_json([config.split.model_dump(mode="json"), digest.of_code(*SPLIT_CODE)])
+    cleaned = rows.clean(ledger.read_table(rows_.path), rows_.labels)
     earlier = ledger.records(store, config.model)
-    record = next((each for each in reversed(earlier) if each.answers(rows_.data_digest, settings, rows_.labels)), None)
+    # Only the newest record may answer: since an older one, further rows may have been held out for testing.
+    record = earlier[-1] if earlier and earlier[-1].answers(rows_.data_digest, settings, rows_.labels) else None
     if record is None:
         with tempfile.TemporaryDirectory() as folder:
             frozen = ledger.load_frozen(store, earlier[-1], Path(folder)) if earlier else None
-            record = ledger.accept(
-                store, config.model, split_rows(cleaned, config.split, frozen), rows_.data_digest, settings
-            )
+            parts = split_rows(cleaned, config.split, frozen)
+            record = ledger.accept(store, config.model, parts, rows_.data_digest, settings, len(earlier) + 1)
     counts = {
         "rows_read": cleaned.read,
         "rows_kept": len(cleaned.table),
         "exact_duplicates_dropped": cleaned.exact_duplicates,
         "contradicting_rows_dropped": cleaned.contradicting_rows,
+        "near_duplicates_kept_together": record.near_duplicates,
         **{f"rows_{part}": count for part, count in record.rows_per_part.items()},
     }
     tracking.record(run.tracking, run.id, metrics=counts)
@@ -165,9 +184,9 @@ def train(spec: JobSpec, compute: ComputeConfig, run: Run) -> Trained:
     try:
         if not reused:
             _follow(spec, out, run, run_id, compute)
-        manifest = bundle.read_manifest(out)
-    except BaseException:
-        tracking.finish(run.tracking, run_id, "FAILED")
+        manifest = _own_bundle(out, spec)
+    except BaseException as error:
+        tracking.keep_failure(run.tracking, run_id, type(error).__name__)
         raise
     measured = json.loads((out / "metrics.json").read_bytes())
     tracking.record(
@@ -184,18 +203,31 @@ def train(spec: JobSpec, compute: ComputeConfig, run: Run) -> Trained:
         params=_flat(spec.model_dump(mode="json", include={"method", "bottleneck", "schedule", "training", "seed"})),
         tags={"bundle_digest": manifest.digest, "reused": str(reused).lower()},
     )
-    if reused:  # else the job has sent them as it went
-        for epoch in measured["history"]:
-            tracking.record(run.tracking, run_id, metrics=epoch, step=epoch["step"])
+    tracking.keep_history(run.tracking, run_id, measured["history"])  # the job sent them as it went, if it could
     tracking.keep(run.tracking, run_id, {"metrics.json": json.dumps(measured, indent=2)})
     tracking.finish(run.tracking, run_id)
     screen.trained(role, spec, measured, reused)
     return Trained(out, manifest, run_id, measured["training_seconds"], reused)
 
 
+def _own_bundle(out: Path, spec: JobSpec) -> bundle.Manifest:
+    """The manifest of the bundle in our workspace, whole and made by this very job."""
+    try:
+        manifest = bundle.read_manifest(out)
+    except BundleError as error:
+        raise BundleError(error.expected, error.found, f"remove {out} and run again: it is trained anew") from error
+    if manifest.job_digest != spec.digest:
+        raise BundleError(
+            f"the bundle of job {spec.digest[:12]}", manifest.job_digest[:12], f"remove {out} and run again"
+        )
+    return manifest
+
+
 def _follow(spec: JobSpec, out: Path, run: Run, run_id: str, compute: ComputeConfig) -> None:
     """Run the job, showing its progress on the screen and on the run's page."""
-    artifact: Any = create_progress_artifact(0.0, key=f"training-{spec.method}", description=f"training {spec.method}")
+    artifact: Any = create_progress_artifact(
+        0.0, key=_key("training", run.reports.name, spec.method), description=f"training {spec.method}"
+    )
     shown = 0.0
 
     def report(event: progress.Event) -> None:
@@ -241,19 +273,20 @@ def gate(config: RetrainConfig, split: Record, baseline: Trained, adapter: Train
     (run.reports / "gate.json").write_text(json.dumps(report.as_json(), indent=2))
     tracking.keep(run.tracking, run.id, {"gate/gate.json": json.dumps(report.as_json(), indent=2)})
     table = screen.rule_rows(report)
-    run.tracking.client.log_table(run.id, {key: [row[key] for row in table] for key in table[0]}, "gate/rules.json")
-    create_table_artifact(table, key="gate", description=f"# {config.model}: {report.verdict}")
+    tracking.keep_table(run.tracking, run.id, table, "gate/rules.json")
+    create_table_artifact(table, key=_key("gate", config.model), description=f"# {config.model}: {report.verdict}")
     tracking.record(
         run.tracking,
         run.id,
         metrics={
-            f"{who}/{name}".replace(" ", "_"): e.value
-            for who, all_ in report.scores.items()
-            for name, e in all_.items()
+            f"{who}/{name}{bound}".replace(" ", "_"): value
+            for who, scores in report.scores.items()
+            for name, score in scores.items()
+            for bound, value in (("", score.value), ("_low", score.low), ("_high", score.high))
         },
         tags={"verdict": report.verdict, tracking.NOTE: screen.summary(report)},
     )
-    return Judged(report, tfidf.seconds, tfidf.parameters, run.tracking.page(run.id, "gate/gate.json"))
+    return Judged(report, tfidf.seconds, tfidf.parameters)
 
 
 def _champion(config: RetrainConfig, test: Dataset, labels: tuple[str, ...], run: Run) -> rules.Champion | None:
@@ -263,6 +296,9 @@ def _champion(config: RetrainConfig, test: Dataset, labels: tuple[str, ...], run
     version = versions.with_alias(run.tracking, config.model, versions.PRODUCTION)
     if version is None:
         return None
+    if "split_uri" not in version.tags:
+        found = f"version {version.number} without tag split_uri"
+        raise RegistryError("a production version that this flow registered", found, "take the alias from it")
     learned = ledger.learned_rows(version.tags["split_uri"])
     unseen = np.array([index for index, row in enumerate(test["row"]) if row not in learned], dtype=np.int64)
     probabilities = np.zeros((0, len(labels)), dtype=np.float32)
@@ -278,7 +314,7 @@ def register(config: RetrainConfig, plan: Plan, split: Record, adapter: Trained,
     tags = {
         versions.RUN_DIGEST: plan.digest,
         "method": adapter.manifest.method,
-        "verdict": judged.verdict.verdict,
+        "verdict": judged.report.verdict,
         "bundle_digest": adapter.manifest.digest,
         "data_digest": plan.data_digest,
         "split_digest": split.split_digest,
@@ -289,15 +325,13 @@ def register(config: RetrainConfig, plan: Plan, split: Record, adapter: Trained,
     with tempfile.TemporaryDirectory() as folder:
         parts, _ = ledger.load_parts(split.split_uri, split.split_digest, Path(folder))
     return versions.register(
-        run.tracking, adapter.run_id, config.model, adapter.folder, parts["test"], tags, screen.summary(judged.verdict)
+        run.tracking, adapter.run_id, config.model, adapter.folder, parts["test"], tags, screen.summary(judged.report)
     )
 
 
-def _table(path: Path) -> Dataset:
-    import pyarrow.parquet
-    from datasets import Dataset
-
-    return Dataset(pyarrow.parquet.read_table(path).replace_schema_metadata(None))
+def _key(*parts: str) -> str:
+    """Key of a Prefect artifact: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

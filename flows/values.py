@@ -17,7 +17,8 @@ from components.training.spec import DataRef, JobSpec, Limits, code_version
 
 # Settings that decide neither what is learned nor what is concluded.
 WITHOUT_EFFECT: dict[str, Any] = {
-    "compute": True, "registry": True, "report": True, "data": {"source", "revision"},
+    "compute": {"workspace", "threads", "job_memory_gb", "timeout_hours"},
+    "registry": True, "report": True, "data": {"source", "revision"},
 }  # fmt: skip
 
 
@@ -41,6 +42,7 @@ class Plan:
     base: BasePin
     data_digest: str
     labels: tuple[str, ...]
+    jobs_at_once: int
     limits: Limits
 
     @property
@@ -96,7 +98,6 @@ class Trained:
 class Judged:
     """The gate's report, and what the yardstick cost."""
 
-    verdict: GateReport
+    report: GateReport
     tfidf_seconds: float
     tfidf_parameters: int
-    page: str

@@ -185,20 +185,25 @@ def _start(folder: Path) -> int:
             command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
             env={**os.environ, **_credentials(folder)},
         )  # fmt: skip
+    try:
+        _wait_for(process, folder, s3)
+    except BaseException:  # also when we are interrupted: nobody would know of it
+        process.kill()
+        process.wait()
+        raise
+    (folder / "s3.json").write_text(json.dumps({"pid": process.pid, "port": s3, "started": _started(process.pid)}))
+    return s3
+
+
+def _wait_for(process: subprocess.Popen[bytes], folder: Path, port: int) -> None:
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
+    while not (_healthy(port) and _has_bucket(folder, port)):
         if process.poll() is not None:
-            raise StackError(
-                f"expected the S3 store to start; found exit code {process.returncode}; see {folder / 's3.log'}"
-            )
-        if _healthy(s3) and _has_bucket(folder, s3):
-            (folder / "s3.json").write_text(
-                json.dumps({"pid": process.pid, "port": s3, "started": _started(process.pid)})
-            )
-            return s3
+            found = f"exit code {process.returncode}"
+            raise StackError(f"expected the S3 store to start; found {found}; see {folder / 's3.log'}")
+        if time.monotonic() > deadline:
+            raise StackError(f"expected the S3 store within {START_S:.0f} s; found no answer; see {folder / 's3.log'}")
         time.sleep(0.1)
-    process.terminate()
-    raise StackError(f"expected the S3 store within {START_S:.0f} s; found no answer; see {folder / 's3.log'}")
 
 
 def _stop(folder: Path) -> None:

@@ -7,10 +7,12 @@ that follows it. All families here are post-norm: x = norm(x + dense(...)).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from components.config import Bottleneck
 from components.errors import ConfigError
 
 
@@ -58,8 +60,32 @@ def layer_names(model: nn.Module, places: Places) -> list[str]:
     raise ConfigError(f"transformer layers at {places.layers}", "none in the model", "check the model's architecture")
 
 
-def positions(model: Any) -> int:
-    """Tokens that the model can read at once. Families of RoBERTa and MPNet keep two positions for padding."""
-    config = model.config
+def positions(config: Any) -> int:
+    """Tokens that a model of this transformers config can read at once.
+
+    Families of RoBERTa and MPNet keep the first positions for padding.
+    """
     offset = 2 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
     return int(config.max_position_embeddings) - offset
+
+
+def misfits(base: Path, bottleneck: Bottleneck, max_tokens: int) -> list[str]:
+    """What of the settings the base in this folder does not allow, a phrase each, from its config.json alone."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    problems = []
+    if config.model_type not in FAMILIES:
+        problems.append(f"base.name: family {config.model_type!r}, adapters know {', '.join(FAMILIES)}")
+        return problems
+    if bottleneck.reduction_factor > config.hidden_size:
+        found = f"{bottleneck.reduction_factor:g}"
+        problems.append(f"adapter.bottleneck.reduction_factor: {found}, at most the hidden size, {config.hidden_size}")
+    layers = config.num_hidden_layers
+    if any(not 0 <= layer < layers for layer in bottleneck.leave_out) or len(set(bottleneck.leave_out)) == layers:
+        problems.append(
+            f"adapter.bottleneck.leave_out: {list(bottleneck.leave_out)}, some of the layers 0 to {layers - 1}"
+        )
+    if max_tokens > positions(config):
+        problems.append(f"training.max_tokens: {max_tokens}, at most the base's {positions(config)} positions")
+    return problems

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from components import storage
 from components.config import Frozen
 from components.data.split import PARTS, Split, split_digest, table_digest
-from components.errors import DataError
+from components.errors import DataError, LedgerMoved
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,6 +34,7 @@ class Record(Frozen):
     labels: tuple[str, ...]
     rows_per_label: dict[str, int]
     rows_per_part: dict[str, int]
+    near_duplicates: int
     accepted_at: str
 
     def answers(self, data_digest: str, split_config_digest: str, labels: tuple[str, ...]) -> bool:
@@ -51,8 +52,11 @@ def records(store: str, model: str) -> list[Record]:
     return [_record(storage.join(folder, name)) for name in storage.names(folder)]
 
 
-def accept(store: str, model: str, split: Split, data_digest: str, split_config_digest: str) -> Record:
-    """Save a split and append its record. Two writers never share a number: the later takes the next one."""
+def accept(store: str, model: str, split: Split, data_digest: str, split_config_digest: str, number: int) -> Record:
+    """Save a split and append its record under `number`, one more than the records it was made with.
+
+    Raises LedgerMoved when another writer took the number: its test rows must be held out too, so split again.
+    """
     digest = split.digest
     uri = storage.join(store, "splits", digest)
     save(split, uri)
@@ -73,11 +77,11 @@ def accept(store: str, model: str, split: Split, data_digest: str, split_config_
         labels=split.labels,
         rows_per_label=counts,
         rows_per_part={name: len(table) for name, table in split.parts.items()},
+        near_duplicates=split.near_duplicates,
         accepted_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    number = len(storage.names(_folder(store, model))) + 1
-    while not storage.write(_record_uri(store, model, number), record.model_dump_json().encode(), if_absent=True):
-        number += 1
+    if not storage.write(_record_uri(store, model, number), record.model_dump_json().encode(), if_absent=True):
+        raise LedgerMoved(f"data set {number} of {model} to be this one", "another accepted meanwhile", "split again")
     return record
 
 
@@ -104,7 +108,7 @@ def load_parts(uri: str, digest: str, folder: Path) -> tuple[dict[str, Dataset],
     local = storage.download_folder(uri, folder)
     try:
         labels = tuple(json.loads((local / "split.json").read_bytes())["labels"])
-        parts = {name: _table(local / f"{name}.parquet") for name in PARTS}
+        parts = {name: read_table(local / f"{name}.parquet") for name in PARTS}
     except (OSError, ValueError, KeyError) as error:  # Arrow's errors are among them
         raise DataError(
             f"split {digest[:12]} at {uri}", f"a damaged file ({type(error).__name__})", "split the data again"
@@ -122,7 +126,7 @@ def load_frozen(store: str, record: Record, folder: Path) -> Dataset:
     """
     uri = _frozen_uri(store, record.frozen_digest)
     try:
-        table = _table(storage.download(uri, folder / "frozen.parquet"))
+        table = read_table(storage.download(uri, folder / "frozen.parquet"))
         found = table_digest(table)
     except (OSError, ValueError) as error:
         raise DataError(f"the frozen test rows at {uri}", "a damaged file", "restore it from a copy") from error
@@ -150,7 +154,7 @@ def _record(uri: str) -> Record:
         raise DataError(f"a record of accepted data at {uri}", "something else", "restore or remove it") from error
 
 
-def _table(path: Path) -> Dataset:
+def read_table(path: Path) -> Dataset:
     """A Parquet file in memory: no second copy in the cache folder of `datasets`."""
     import pyarrow.parquet
     from datasets import Dataset

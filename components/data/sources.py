@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-LONGEST_NAME = 40
 HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 # Arrow ends "Row #3: Expected 2 columns, got 3: …" with the row itself, which no message of ours may hold.
 QUOTED_ROW = re.compile(r"got \d+: .*", re.DOTALL)
@@ -134,15 +133,15 @@ def _wanted(columns: Columns, found: list[str], place: str) -> list[str]:
     if missing:
         raise DataError(
             f"columns {', '.join(wanted)} in {place}",
-            f"columns {', '.join(found)}" if all(map(_is_name, found)) else "a first line that looks like a row",
+            f"columns {', '.join(found)}" if _is_header(wanted, found) else "a first line without them",
             f"add the header line, or set data.columns: {', '.join(missing)} is not there",
         )
     return wanted
 
 
-def _is_name(column: str) -> bool:
-    """Without a header line the first row is taken for one; it must not be shown."""
-    return len(column) <= LONGEST_NAME and len(column.split()) <= 3 and not column.strip().isdigit()
+def _is_header(wanted: list[str], found: list[str]) -> bool:
+    """Without a header line the first row is taken for one, and its texts must not be shown."""
+    return any(name in found for name in wanted)
 
 
 def _hub(config: DataConfig) -> tuple[pa.Table, str]:

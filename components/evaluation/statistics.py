@@ -67,10 +67,14 @@ def estimates(
     point = metrics.measure(labels, probabilities)
     point |= {f"recall_{code}": float(value) for code, value in enumerate(metrics.recalls(matrix))}
     tail = (1 - confidence) / 2
-    return {
-        name: Estimate(value, *(float(bound) for bound in np.quantile(samples[name], [tail, 1 - tail])))
-        for name, value in point.items()
-    }
+    found = {}
+    for name, value in point.items():
+        low, high = (float(bound) for bound in np.quantile(samples[name], [tail, 1 - tail]))
+        if name == "ece":
+            # Noise adds to a sum of absolute gaps: resamples lie above the estimate, so reflect them (basic bootstrap).
+            low, high = max(0.0, 2 * value - high), max(value, 2 * value - low)
+        found[name] = Estimate(value, low, high)
+    return found
 
 
 def non_inferiority(
@@ -112,7 +116,11 @@ def non_inferiority(
         verdict = "pass"
     elif high < -margin:
         verdict = "fail"
-    needed = None if verdict != "inconclusive" else max(fewest, _rows_needed(values, shares, seen, margin, confidence))
+    needed = (
+        None
+        if verdict != "inconclusive"
+        else max(fewest, rows + 1, _rows_needed(values, shares, seen, margin, confidence))
+    )
     return Comparison(seen, low, high, rows, verdict, needed)
 
 
@@ -121,8 +129,7 @@ def _rows_needed(values: Floats, shares: Floats, seen: float, margin: float, con
     variance = float(shares @ values**2 - (shares @ values) ** 2)
     normal = NormalDist()
     quantiles = normal.inv_cdf(confidence) + normal.inv_cdf(POWER)
-    # A difference right at the margin would take for ever; a tenth of the margin is as near as is worth telling.
-    distance = max(abs(seen + margin), margin / 10, 1e-3)
+    distance = max(abs(seen + margin), 1e-4)  # right at the margin no number would do
     return math.ceil(variance * (quantiles / distance) ** 2)
 
 

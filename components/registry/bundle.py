@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ class File(Frozen):
 class Manifest(Frozen):
     """What a bundle is and holds."""
 
-    format: int = 1
+    format: Literal[1] = 1
     method: str
     job_digest: str
     data_uri: str
@@ -193,9 +193,11 @@ def _load_adapter(folder: Path, model: Any) -> Any:
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    import components.adapters  # noqa: F401  # registers the method with PEFT
+    from components.adapters import BottleneckConfig  # also registers the method with PEFT
 
     config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, BottleneckConfig):
+        raise BundleError("an adapter of type BOTTLENECK", f"{config.peft_type}", "do not use this bundle")
     config.inference_mode = True
     model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     state = load_file(folder / "adapter_model.safetensors")

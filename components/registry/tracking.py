@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from components import storage
 from components.config import RegistryConfig
@@ -22,6 +24,19 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 # The text on top of a run's page.
 NOTE = "mlflow.note.content"
+
+# Answers that a second try will not change.
+REFUSALS = (
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "PERMISSION_DENIED",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+    "UNAUTHENTICATED",
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 log = logging.getLogger("adapterline")
 
@@ -54,15 +69,13 @@ def connect(config: RegistryConfig) -> Tracking:
         os.environ.setdefault(name, value)
     mlflow = load_mlflow(uri)
     client = mlflow.MlflowClient(uri)
-    try:
+    with calls(uri):
         found = client.get_experiment_by_name(config.experiment)
         if found is not None:
             return Tracking(client, uri, found.experiment_id)
         # A server keeps artifacts where it was told to; without one they go to the store.
         place = None if uri.startswith("http") else storage.join(config.store, "mlflow")
         return Tracking(client, uri, client.create_experiment(config.experiment, place, TRAINING))
-    except mlflow.MlflowException as error:
-        raise unreachable(uri, error) from error
 
 
 def load_mlflow(uri: str) -> Any:
@@ -77,13 +90,41 @@ def load_mlflow(uri: str) -> Any:
     return mlflow
 
 
-def unreachable(uri: str, error: Exception) -> RegistryUnavailable:
+@contextmanager
+def calls(uri: str) -> Iterator[None]:
+    """Turn what MLflow and its store raise into RegistryError, or RegistryUnavailable where a retry can help."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException
+
     place = uri.split("://")[0] + "://…" if "@" in uri else uri  # never show a password
-    return RegistryUnavailable(
-        f"an MLflow that answers at {place}", type(error).__name__, "start it or correct the URI"
-    )
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code in REFUSALS:
+            found = f"{error.error_code}: {(str(error).splitlines() or [''])[0]}"
+            raise RegistryError(f"MLflow at {place} to agree", found, "check rights and names") from error
+        raise _unavailable(place, error) from error
+    except (BotoCoreError, ClientError, Boto3Error, RequestException) as error:
+        raise _unavailable(place, error) from error
 
 
+def _unavailable(place: str, error: Exception) -> RegistryUnavailable:
+    found = type(error).__name__
+    return RegistryUnavailable(f"MLflow and its store to answer at {place}", found, "start them or correct the URI")
+
+
+def _translated(function: Callable[Concatenate[Tracking, P], T]) -> Callable[Concatenate[Tracking, P], T]:
+    @functools.wraps(function)
+    def wrapped(tracking: Tracking, /, *arguments: P.args, **named: P.kwargs) -> T:
+        with calls(tracking.uri):
+            return function(tracking, *arguments, **named)
+
+    return wrapped
+
+
+@_translated
 def start(tracking: Tracking, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
     """Id of a new run, nested below `parent`."""
     from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
@@ -93,11 +134,13 @@ def start(tracking: Tracking, name: str, tags: Mapping[str, str], parent: str | 
     return str(run.info.run_id)
 
 
+@_translated
 def finish(tracking: Tracking, run_id: str, status: str = "FINISHED") -> None:
     """End a run as FINISHED or FAILED."""
     tracking.client.set_terminated(run_id, status)
 
 
+@_translated
 def record(
     tracking: Tracking,
     run_id: str,
@@ -118,14 +161,47 @@ def record(
     )
 
 
+@_translated
 def keep(tracking: Tracking, run_id: str, files: Mapping[str, str]) -> None:
     """Save texts as artifacts of a run: {path in the run: content}."""
     for path, content in files.items():
         tracking.client.log_text(run_id, content, path)
 
 
-def keep_folder(tracking: Tracking, run_id: str, folder: Path, path: str) -> None:
-    tracking.client.log_artifacts(run_id, str(folder), path)
+@_translated
+def keep_table(tracking: Tracking, run_id: str, rows: Sequence[Mapping[str, Any]], path: str) -> None:
+    """Save rows of equal keys as a table that the run's page shows, in place of an earlier one."""
+    content = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
+    tracking.client.log_text(run_id, json.dumps(content), path)
+    shown = json.dumps([{"path": path, "type": "table"}])
+    tracking.client.set_tag(run_id, "mlflow.loggedArtifacts", shown)
+
+
+@_translated
+def keep_history(tracking: Tracking, run_id: str, history: Sequence[Mapping[str, float]]) -> None:
+    """Log the metrics of every epoch that the run does not hold yet, in one request."""
+    from mlflow.entities import Metric
+
+    there = {point.step for point in tracking.client.get_metric_history(run_id, "validation_log_loss")}
+    now = int(time.time() * 1000)
+    missing = [
+        Metric(name, float(value), now, int(epoch["step"]))
+        for epoch in history
+        if int(epoch["step"]) not in there
+        for name, value in epoch.items()
+        if name not in ("epoch", "step")
+    ]
+    if missing:
+        tracking.client.log_batch(run_id, missing)
+
+
+def keep_failure(tracking: Tracking, run_id: str, reason: str = "") -> None:
+    """End a run as FAILED. Its own failure is logged, not raised: it must not hide the one that is being handled."""
+    try:
+        record(tracking, run_id, tags={"reason": reason[:5000]})
+        finish(tracking, run_id, "FAILED")
+    except RegistryError as error:
+        log.warning("run %s could not be marked as failed: %s", run_id, error)
 
 
 def _key(name: str) -> str:
@@ -145,14 +221,15 @@ class EpochLog:
         uri, run_id = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get(RUN_VARIABLE)
         if not (uri and run_id):
             return None
-        client = load_mlflow(uri).MlflowClient(uri)
-        return cls(Tracking(client, uri, ""), run_id)
+        try:
+            with calls(uri):
+                return cls(Tracking(load_mlflow(uri).MlflowClient(uri), uri, ""), run_id)
+        except RegistryError as error:
+            log.warning("metrics go to the bundle only: %s", error)
+            return None
 
     def __call__(self, step: int, metrics: Mapping[str, float]) -> None:
-        from mlflow.exceptions import MlflowException
-
         try:
             record(self._tracking, self._run_id, metrics, step=step)
-        except MlflowException as error:
-            # The same numbers are in the bundle, and the flow logs them again at the end.
-            log.warning("metrics of step %d did not reach MLflow (%s)", step, type(error).__name__)
+        except RegistryError as error:
+            log.warning("metrics of step %d did not reach MLflow, the flow sends them at the end: %s", step, error)

@@ -8,6 +8,7 @@ candidate where it was and takes the new version back.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import numpy.typing as npt
 
 from components.errors import RegistryError
 from components.registry import bundle
-from components.registry.tracking import Tracking, load_mlflow
+from components.registry.tracking import Tracking, calls, load_mlflow
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +34,9 @@ RUN_DIGEST = "run_digest"
 # A registered version must give the job's own test probabilities again, to this.
 TOLERANCE = 1e-5
 CODE = Path(__file__).parent.parent
+SCORE = CODE / "serving" / "score.py"
+
+log = logging.getLogger("adapterline")
 
 
 @dataclass(frozen=True)
@@ -45,22 +49,25 @@ class Version:
     size: int
     tags: Mapping[str, str]
 
+    @property
+    def address(self) -> str:
+        """What MLflow loads it by."""
+        return f"models:/{self.name}/{self.number}"
+
 
 def with_alias(tracking: Tracking, name: str, alias: str) -> Version | None:
     """The version under an alias, None when the model or the alias is not there."""
-    from mlflow.exceptions import MlflowException, RestException
-    from mlflow.protos.databricks_pb2 import ErrorCode
+    from mlflow.exceptions import MlflowException
 
-    absent = (ErrorCode.Name(ErrorCode.RESOURCE_DOES_NOT_EXIST), ErrorCode.Name(ErrorCode.INVALID_PARAMETER_VALUE))
-    try:
-        found = tracking.client.get_model_version_by_alias(name, alias)
-    except (MlflowException, RestException) as error:
-        if error.error_code in absent:
-            return None
-        raise
-    return Version(
-        name, str(found.version), _artifact_uri(tracking, name, str(found.version)), _size(found.tags), found.tags
-    )
+    with calls(tracking.uri):
+        try:
+            found = tracking.client.get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        uri = _artifact_uri(tracking, name, str(found.version))
+    return Version(name, str(found.version), uri, int(found.tags.get("bytes", 0)), found.tags)
 
 
 def answering(tracking: Tracking, name: str, run_digest: str) -> Version | None:
@@ -82,10 +89,9 @@ def register(
 
     Raises RegistryError when they are not, or MLflow refuses; the earlier candidate then still stands.
     """
-    from mlflow.exceptions import MlflowException
-
     mlflow = load_mlflow(tracking.uri)
-    try:
+    earlier = with_alias(tracking, name, CANDIDATE)
+    with calls(tracking.uri):
         _tidy(tracking, name, tags.get(RUN_DIGEST, ""))
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MLflow would like type hints that hold for one kind of input only
@@ -106,22 +112,30 @@ def register(
             description=about,
             model_id=model.model_id,
         )
-    except MlflowException as error:
-        raise RegistryError(
-            f"MLflow to take a version of {name}", _line(error), "nothing was registered; run again"
-        ) from error
-    number = str(made.version)
+    version = Version(name, str(made.version), "", 0, tags)
     try:
-        _prove(tracking, f"models:/{name}/{number}", test, folder)
-        uri = _artifact_uri(tracking, name, number)
-        size = _measure(uri)
-        for key, value in {"state": "proven", "bytes": str(size)}.items():
-            tracking.client.set_model_version_tag(name, number, key, value)
-        tracking.client.set_registered_model_alias(name, CANDIDATE, number)
+        _prove(tracking, version.address, test, folder)
+        with calls(tracking.uri):
+            uri = _artifact_uri(tracking, name, version.number)
+            size = _measure(uri)
+            for key, value in {"state": "proven", "bytes": str(size)}.items():
+                tracking.client.set_model_version_tag(name, version.number, key, value)
+            tracking.client.set_registered_model_alias(name, CANDIDATE, version.number)
     except BaseException:
-        tracking.client.delete_model_version(name, number)
+        _take_back(tracking, version, earlier)
         raise
-    return Version(name, number, uri, size, {**tags, "state": "proven"})
+    return Version(name, version.number, uri, size, {**tags, "state": "proven"})
+
+
+def _take_back(tracking: Tracking, version: Version, earlier: Version | None) -> None:
+    """Undo a registration that did not finish. Its own failure is logged, not raised: it must not hide the cause."""
+    try:
+        with calls(tracking.uri):
+            if earlier is not None:  # deleting a version deletes its aliases, and ours may have moved already
+                tracking.client.set_registered_model_alias(version.name, CANDIDATE, earlier.number)
+            tracking.client.delete_model_version(version.name, version.number)
+    except RegistryError as error:
+        log.warning("version %s of %s could not be taken back: %s", version.number, version.name, error)
 
 
 def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ...]) -> npt.NDArray[np.float32]:
@@ -134,15 +148,19 @@ def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ..
     with tempfile.TemporaryDirectory() as folder:
         table, out = Path(folder) / "rows.parquet", Path(folder) / "probabilities.safetensors"
         rows.to_parquet(table)
-        command = [sys.executable, "-m", "components.serving.score", version, "--rows", str(table), "--out", str(out)]
+        # As a file, and elsewhere: nothing of this checkout is imported before the version brings its own code.
+        command = [sys.executable, "-P", str(SCORE), version, "--rows", str(table), "--out", str(out)]
         environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking.uri}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RegistryError(f"{version} to load and predict", last, "see the message; the version is not used")
         with safe_open(out, "numpy") as file:
-            known = json.loads(file.metadata()["labels"])
+            about = file.metadata()
+            known = json.loads(about["labels"])
             found: npt.NDArray[np.float32] = file.get_tensor("probabilities")
+    if Path(about["code"]).is_relative_to(CODE):
+        raise RegistryError(f"{version} to run its own code", "that of this checkout", "the artifact lacks its code")
     answer = np.zeros((len(rows), len(labels)), dtype=np.float32)
     for column, name in enumerate(labels):
         if name in known:
@@ -175,7 +193,10 @@ def _prove(tracking: Tracking, version: str, test: Dataset, folder: Path) -> Non
 
 
 def _tidy(tracking: Tracking, name: str, run_digest: str) -> None:
-    """Take back versions that an earlier attempt at this very run left unproven when it was killed."""
+    """Take back versions that an earlier attempt at this very run left behind when it was killed.
+
+    Two equal runs at once are no case: the deployment's concurrency limit lets one run a model at a time.
+    """
     for left in tracking.client.search_model_versions(f"name = '{name}'"):
         if left.tags.get("state") == "unproven" and left.tags.get(RUN_DIGEST) == run_digest:
             tracking.client.delete_model_version(name, left.version)
@@ -199,16 +220,8 @@ def _measure(uri: str) -> int:
     return below(None)
 
 
-def _size(tags: Mapping[str, str]) -> int:
-    return int(tags.get("bytes", 0))
-
-
 def _requirements() -> list[str]:
     """The versions that trained the bundle, without local build marks."""
     names = ("mlflow", "pydantic", "platformdirs", "pypi-simple", "safetensors")
     pinned = {**bundle.libraries(), **{name: bundle.version_of(name) for name in names}}
     return [f"{name}=={version.partition('+')[0]}" for name, version in sorted(pinned.items())]
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,20 +1,29 @@
 """A registered version in a process of its own: score saved rows, or classify texts from the command line.
 
-python -m components.serving.score models:/tweets-sentiment@candidate --text "What a day!" "Never again."
-python -m components.serving.score models:/tweets-sentiment/3 --rows test.parquet --out probabilities.safetensors
+    python -m components.serving.score models:/tweets-sentiment@candidate --text "What a day!" "Never again."
+    python -m components.serving.score models:/tweets-sentiment/3 --rows test.parquet --out probabilities.safetensors
+
+Imports nothing of this checkout: what runs is the code that the version brings with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
-from components.errors import AdapterlineError, RegistryError
-
 PREFIX = "probability_"
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,36 +36,36 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rows and not options.out:
         parser.error("--rows needs --out")
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        return _refuse("expected MLFLOW_TRACKING_URI; found none; set it, or run under `python -m infra.local run --`")
     try:
         model = load(options.version)
         if options.text:
             print(model.predict(options.text).to_string(index=False, float_format="{:.3f}".format))
         else:
             _score(model, options.rows, options.out)
-    except AdapterlineError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+    except Exception as error:  # noqa: BLE001  # the version's errors say all in a line; others may quote a text
+        if hasattr(error, "todo"):
+            return _refuse(str(error))
+        if type(error).__module__.startswith("mlflow"):
+            found = str(error).splitlines()[0]
+            return _refuse(f"expected a registered version {options.version}; found: {found} Check name and alias")
+        return _refuse(
+            f"expected {options.version} to predict; found {type(error).__name__}; see the MLflow server's log"
+        )
     return 0
 
 
 def load(version: str) -> Any:
-    """The version as an MLflow pyfunc model. Raises RegistryError when there is no such version."""
-    import os
-
-    from components.registry.tracking import PATIENCE, load_mlflow
-
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        raise RegistryError("an MLflow tracking URI", "none", "set MLFLOW_TRACKING_URI, or run under `infra.local`")
-    for name, value in PATIENCE.items():
+    """The version as an MLflow pyfunc model."""
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    mlflow = load_mlflow(uri)
-    try:
-        return mlflow.pyfunc.load_model(version)
-    except mlflow.MlflowException as error:
-        raise RegistryError(
-            f"a registered version {version}", str(error).splitlines()[0], "check name and alias"
-        ) from error
+    warnings.simplefilter("ignore")
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow.pyfunc.load_model(version)
 
 
 def _score(model: Any, rows: Path, out: Path) -> None:
@@ -68,9 +77,19 @@ def _score(model: Any, rows: Path, out: Path) -> None:
     frame = table.select([name for name in ("text", "text_pair") if name in table.column_names]).to_pandas()
     answer = model.predict(frame)
     columns = [name for name in answer.columns if name.startswith(PREFIX)]
-    labels = json.dumps([name.removeprefix(PREFIX) for name in columns])
-    save_file({"probabilities": np.ascontiguousarray(answer[columns].to_numpy(np.float32))}, out, {"labels": labels})
+    about = {
+        "labels": json.dumps([name.removeprefix(PREFIX) for name in columns]),
+        "code": str(sys.modules["components"].__file__),
+    }
+    save_file({"probabilities": np.ascontiguousarray(answer[columns].to_numpy(np.float32))}, out, about)
+
+
+def _refuse(line: str) -> int:
+    print(line, file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
+    if __package__:  # started with -m: once more as a file, so that the version's own code is found first
+        os.execv(sys.executable, [sys.executable, "-P", __file__, *sys.argv[1:]])  # noqa: S606  # ourselves
     sys.exit(main())

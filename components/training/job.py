@@ -9,6 +9,7 @@ the finished bundle and returns at once. Exit code 0, or 1 with one line on stan
 from __future__ import annotations
 
 import argparse
+import fcntl
 import sys
 import tempfile
 from pathlib import Path
@@ -42,6 +43,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(error, file=sys.stderr)
         return error.exit_code
+    except Exception as error:  # of a library: its message might quote a row, its name does not
+        if options.debug:
+            raise
+        print(f"unexpected {type(error).__name__}; run the job again with --debug to see where", file=sys.stderr)
+        return 1
     finally:
         if bar:
             bar.close()
@@ -74,8 +80,13 @@ def _existing(spec: JobSpec, folder: Path) -> bundle.Manifest:
 
 
 def _train(spec: JobSpec, out: Path, report: progress.Progress) -> bundle.Manifest:
-    if bundle.is_complete(out):
-        return _existing(spec, out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_name(f"{out.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second job with this spec waits, and then finds the bundle
+        return _existing(spec, out) if bundle.is_complete(out) else _learn(spec, out, report)
+
+
+def _learn(spec: JobSpec, out: Path, report: progress.Progress) -> bundle.Manifest:
     if spec.code != code_version():
         raise ConfigError(
             f"code version {spec.code[:12]}", code_version()[:12], "run the job with the code that wrote its spec"
@@ -166,7 +177,7 @@ def _model(spec: JobSpec, base: Any, device: torch.device) -> tuple[nn.Module, i
     from components.adapters.places import positions
 
     model, head = base_model.load_classifier(base, spec.labels)
-    longest = positions(model)
+    longest = positions(model.config)
     if spec.training.max_tokens > longest:
         raise ConfigError(
             f"training.max_tokens of at most {longest}", f"{spec.training.max_tokens}", "the base reads no more"

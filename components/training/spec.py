@@ -21,7 +21,7 @@ class DataRef(Frozen):
 
 
 class Limits(Frozen):
-    """What the job may use. Changes nothing but how sums are rounded."""
+    """What the job may use. The number of threads changes nothing but how sums are rounded."""
 
     threads: int
     device: str
@@ -43,8 +43,8 @@ class JobSpec(Frozen):
 
     @property
     def digest(self) -> str:
-        """What is learned counts; where the data lies and on what the job runs does not."""
-        return digest.of_json(self.model_dump(mode="json", exclude={"data": {"uri"}, "limits": True}))
+        """What is learned counts; where the data lies and how many threads work on them does not."""
+        return digest.of_json(self.model_dump(mode="json", exclude={"data": {"uri"}, "limits": {"threads"}}))
 
 
 def code_version() -> str:

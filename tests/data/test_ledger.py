@@ -12,7 +12,7 @@ from components import storage
 from components.config import SplitConfig
 from components.data import ledger
 from components.data.split import PARTS, Split, split
-from components.errors import DataError, StorageError
+from components.errors import DataError, LedgerMoved, StorageError
 from tests.conftest import toy_rows
 from tests.data.refusal import refusal
 from tests.data.toy_corpus import cleaned
@@ -35,7 +35,7 @@ def store(tmp_path: Path) -> str:
 
 
 def accept(store: str, what: Split, data: str = "data") -> ledger.Record:
-    return ledger.accept(store, "model", what, data, "settings")
+    return ledger.accept(store, "model", what, data, "settings", len(ledger.records(store, "model")) + 1)
 
 
 def test_parts_come_back_as_they_were(store: str, first: Split, tmp_path: Path) -> None:
@@ -90,22 +90,27 @@ def test_models_do_not_share_records(store: str, first: Split) -> None:
     assert ledger.records(store, "other") == []
 
 
-def test_two_writers_never_share_a_number(store: str, first: Split) -> None:
+def test_of_two_writers_one_wins_and_the_other_must_split_again(store: str, first: Split) -> None:
+    """The loser's split does not know what the winner held out."""
     start = threading.Barrier(2)
+    outcomes: list[str] = []
 
     def write(name: str) -> None:
         start.wait()
-        for number in range(8):
-            accept(store, first, f"{name}{number}")
+        try:
+            ledger.accept(store, "model", first, name, "settings", 1)
+            outcomes.append("won")
+        except LedgerMoved as error:
+            assert error.retry_can_help
+            outcomes.append("lost")
 
     writers = [threading.Thread(target=write, args=(name,)) for name in "ab"]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    records = ledger.records(store, "model")
-    assert sorted(record.data_digest for record in records) == sorted(f"{n}{i}" for n in "ab" for i in range(8))
-    assert storage.names(f"{store}/data/model") == [f"{number:06d}.json" for number in range(1, 17)]
+    assert sorted(outcomes) == ["lost", "won"]
+    assert len(ledger.records(store, "model")) == 1
 
 
 @pytest.mark.parametrize("part", PARTS)

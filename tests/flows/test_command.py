@@ -72,6 +72,7 @@ class TestExitCodes:
         assert "verdict: PASS" in first.stdout
         assert "registered version 1 of by-hand as candidate" in first.stdout
         assert "s3://adapterline/" in first.stdout
+        assert "models:/by-hand/1" in first.stdout
         assert "a lovely word1" in first.stdout.split("prediction of the registered version")[1]
         assert "Traceback" not in first.stderr
         second = command("flows.retrain", "--config", path)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from components import base_model, storage
 from components.config import BaseConfig, Columns, DataConfig, RetrainConfig
@@ -36,9 +41,11 @@ def spec(settings: Settings, tmp_path: Path) -> MakeSpec:
         config: RetrainConfig = settings("jobs", rows=300)
         read = sources.read(config.data)
         labels = rows.label_names(read.table, None)
-        record = ledger.accept(store, "jobs", split(rows.clean(read.table, labels), config.split), "data", "settings")
+        record = ledger.accept(
+            store, "jobs", split(rows.clean(read.table, labels), config.split), "data", "settings", 1
+        )
         base = base_model.find(BaseConfig(name=config.base.name))
-        return Plan(config, base.pin, "data", labels, Limits(threads=1, device="cpu")).adapter(record)
+        return Plan(config, base.pin, "data", labels, 1, Limits(threads=1, device="cpu")).adapter(record)
 
     return make
 
@@ -128,3 +135,27 @@ class TestOverS3:
             for source in (f"{STORE}/rows.csv", str(path))
         )
         assert rows.data_digest(there) == rows.data_digest(here)
+
+
+@pytest.mark.slow
+class TestInterrupted:
+    pytestmark = servers
+
+    def test_ending_the_flow_ends_its_jobs(self, settings: Settings, servers: dict[str, str], tmp_path: Path) -> None:
+        slow = settings("interrupted", rows=2000, adapter__schedule__epochs=500, adapter__schedule__patience=500)
+        path = tmp_path / "slow.yaml"
+        path.write_text(yaml.safe_dump(slow.model_dump(mode="json")))
+        command = [sys.executable, "-m", "flows.retrain", "--config", str(path)]
+        flow = subprocess.Popen(
+            command, env={**os.environ, **servers}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        found: list[psutil.Process] = []
+        while len(found) < 2 and flow.poll() is None:
+            time.sleep(0.5)
+            found = [
+                each for each in psutil.Process(flow.pid).children() if "components.training.job" in each.cmdline()
+            ]
+        flow.send_signal(signal.SIGTERM)
+        _, errors = flow.communicate(timeout=60)
+        assert flow.returncode == 130, errors
+        assert not [each for each in found if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -42,15 +43,15 @@ def jobs(workspace: Path) -> set[str]:
 @pytest.mark.slow
 def test_a_run_registers_a_candidate_and_the_same_run_again_trains_nothing(settings: Settings, workspace: Path) -> None:
     config = settings("first")
-    uri = retrain(config)
+    address = retrain(config)
     version = candidate("first")
     assert version is not None
-    assert version.uri == uri
+    assert version.address == address
     assert version.tags["verdict"] == "pass"
     assert version.tags["state"] == "proven"
     before = jobs(workspace)
 
-    assert retrain(config) == uri
+    assert retrain(config) == address
     assert jobs(workspace) == before
     assert count("first") == 1
 
@@ -90,6 +91,17 @@ def test_later_data_never_train_on_what_was_held_out(settings: Settings, tmp_pat
     held_out, _ = ledger.load_parts(first.split_uri, first.split_digest, tmp_path / "first")
     assert not set(held_out["test"]["row"]) & ledger.learned_rows(second.split_uri)
     assert second.rows_per_part["test"] > first.rows_per_part["test"]
+
+
+@pytest.mark.slow
+def test_data_that_come_back_are_split_anew_around_what_was_held_out_since(settings: Settings, tmp_path: Path) -> None:
+    old, new = settings("returning", rows=400), settings("returning", rows=600)
+    retrain(old)
+    retrain(new)
+    retrain(old.model_copy(update={"seed": 1}))
+    _, second, third = ledger.records(STORE, "returning")
+    held_out, _ = ledger.load_parts(second.split_uri, second.split_digest, tmp_path / "second")
+    assert not set(held_out["test"]["row"]) & ledger.learned_rows(third.split_uri)
 
 
 @pytest.mark.slow
@@ -141,51 +153,68 @@ def test_the_registered_artifact_is_small_and_holds_no_base_weights(
     assert sum(path.stat().st_size for path in weights) < base / 2
 
 
-BAD_INPUT = {
-    "missing file": (None, {}),
-    "empty file": (b"", {}),
-    "header only": (b"text,label\n", {}),
-    "missing column": (b"words,label\nhello there,good\n", {}),
-    "one class only": (b"text,label\n" + b"".join(b"text number %d,good\n" % n for n in range(200)), {}),
-    "not UTF-8": ("text,label\ncafé olé,good\n".encode("latin-1") * 200, {}),
-    "labels outside the set": (None, {"data__labels": ["good", "excellent"]}),
-    "20,000 characters": (b"text,label\n" + b"x" * 20_000 + b",good\n" + b"short,bad\n" * 200, {}),
-    "labels missing": (b"text,label\nhello,NaN\nthere,good\n" * 100, {}),
-    "duplicate ids": (b"text,label,id\nhello,bad,7\nthere,good,7\n", {"data__columns": {"id": "id"}}),
-    "gzip cut short": (gzip.compress(b"text,label\nhello,good\n" * 5000)[:-200], {}),
-    "reduction factor too large": ("toy", {"adapter__bottleneck__reduction_factor": 4000}),
-    "base without weights": ("toy", {"base__name": "EMPTY"}),
-    "hub base while offline": ("toy", {"base": {"name": "nobody/nothing", "revision": "0" * 40}}),
-    "hub base without revision": ("toy", {"base": {"name": "nobody/nothing"}}),
-    "base with another digest": ("toy", {"base__weights_sha256": "0" * 64}),
-    "hub data while offline": ("toy", {"data__source": "nobody/nothing"}),
-    "wrong S3 key": ("toy", {"data__source": f"{STORE}/no/such.csv"}),
-    "no such bucket for data": ("toy", {"data__source": "s3://no-such-bucket/rows.csv"}),
-    "no such bucket for the store": ("toy", {"registry__store": "s3://no-such-bucket"}),
-    "more tokens than the base reads": ("toy", {"training__max_tokens": 5000}),
+ROWS = b"text,label\n"
+# what is wrong: (content of the file, overrides, what the message says)
+BAD_INPUT: dict[str, tuple[bytes | None, dict[str, object], str]] = {
+    "missing file": (None, {"data__source": "no/such.csv"}, "nothing there"),
+    "empty file": (b"", {}, "an empty file"),
+    "header only": (ROWS, {}, "expected rows; found none"),
+    "missing column": (b"text,mark\nhello there,good\n", {}, "label is not there"),
+    "one class only": (ROWS + b"".join(b"text %d,good\n" % n for n in range(200)), {}, "one class only"),
+    "not UTF-8": ("text,label\ncafé olé,good\n".encode("latin-1") * 200, {}, "UTF-8"),
+    "labels outside the set": (None, {"data__labels": ["good", "excellent"]}, "labels among good, excellent"),
+    "20,000 characters": (ROWS + b"x" * 20_000 + b",good\n" + b"short,bad\n" * 200, {}, "20,000 characters"),
+    "labels missing": (ROWS + b"hello,NaN\nthere,good\n" * 100, {}, "a label in every row"),
+    "duplicate ids": (b"text,label,id\nhi,bad,7\nho,good,7\n", {"data__columns": {"id": "id"}}, "repeated ids"),
+    "gzip cut short": (gzip.compress(ROWS + b"hello,good\n" * 5000)[:-200], {}, "damaged or cut short"),
+    "reduction factor": (None, {"adapter__bottleneck__reduction_factor": 4000}, "at most the hidden size, 32"),
+    "leave out": (None, {"adapter__bottleneck__leave_out": [7]}, "some of the layers 0 to 1"),
+    "too many tokens": (None, {"training__max_tokens": 5000}, "at most the base's 70 positions"),
+    "base without weights": (None, {"base__name": "EMPTY"}, "an empty folder"),
+    "hub base while offline": (None, {"base": {"name": "nobody/none", "revision": "0" * 40}}, "cannot be reached"),
+    "hub base without revision": (None, {"base": {"name": "nobody/none"}}, "a pin must not move"),
+    "base with another digest": (None, {"base__weights_sha256": "0" * 64}, "with weights digest 000000000000"),
+    "hub data while offline": (None, {"data__source": "nobody/none"}, "cannot be reached"),
+    "wrong S3 key": (None, {"data__source": f"{STORE}/no/such.csv"}, "no such key"),
+    "no bucket for data": (None, {"data__source": "s3://no-such-bucket/rows.csv"}, "no such bucket"),
+    "no bucket for the store": (None, {"registry__store": "s3://no-such-bucket"}, "no such bucket"),
 }
 
 
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_ends_in_one_line_and_nothing_is_lost(case: str, settings: Settings, tmp_path: Path) -> None:
-    content, overrides = BAD_INPUT[case]
+@pytest.fixture
+def standing(settings: Settings) -> versions.Version:
+    """A candidate that no bad input may touch."""
     model = "bad-input"
+    if candidate(model) is None:
+        retrain(settings(model))
+    found = candidate(model)
+    assert found is not None
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_in_one_line_and_the_candidate_stays(
+    case: str, standing: versions.Version, settings: Settings, tmp_path: Path, workspace: Path
+) -> None:
+    content, overrides, message = BAD_INPUT[case]
+    if content is not None:
+        path = tmp_path / ("rows.csv.gz" if "gzip" in case else "rows.csv")
+        path.write_bytes(content)
+        overrides = {**overrides, "data__source": str(path)}
     if "EMPTY" in overrides.values():
         (tmp_path / "empty-base").mkdir()
         overrides = {"base__name": str(tmp_path / "empty-base")}
-    if content != "toy" and "data__labels" not in overrides:
-        path = tmp_path / ("rows.csv.gz" if "gzip" in case else "rows.csv")
-        if content is not None:
-            path.write_bytes(content)  # type: ignore[arg-type]
-        overrides = {**overrides, "data__source": str(path)}
+    before, accepted = jobs(workspace), len(ledger.records(STORE, "bad-input"))
     with pytest.raises(AdapterlineError) as caught:
-        retrain(settings(model, rows=200, **overrides))
+        retrain(settings("bad-input", rows=200, **overrides))
     line = str(caught.value)
-    assert "\n" not in line
-    assert line.startswith("expected ")
-    assert "; found " in line
-    assert candidate(model) is None
-    assert count(model) == 0
+    assert re.fullmatch(r"expected .+; found .+; .+", line), "one line of three parts"
+    assert message in line
+    assert candidate("bad-input") == standing
+    assert count("bad-input") == 1
+    assert jobs(workspace) == before, "nothing was trained"
+    assert len(ledger.records(STORE, "bad-input")) == accepted, "no data were accepted"
 
 
 @pytest.mark.slow
