@@ -53,5 +53,5 @@ def test_exit_codes_tell_a_verdict_from_a_breakdown() -> None:
 
 
 def test_a_retry_can_help_where_the_world_was_in_the_way() -> None:
-    helped = {errors.StorageUnavailable, errors.RegistryUnavailable, errors.JobKilled}
+    helped = {errors.StorageUnavailable, errors.RegistryUnavailable, errors.LedgerMoved, errors.JobKilled}
     assert {kind for kind in KINDS if kind.retry_can_help} == helped

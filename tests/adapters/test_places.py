@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from components.adapters import places
+from components.config import Bottleneck
 from components.errors import ConfigError
 from tests.adapters.adapted import FAMILIES, HIDDEN, INPUTS, adapted, classifier, logits, stir
 from tests.conftest import make_base
@@ -52,7 +53,7 @@ def test_layers_are_found_in_order(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_as_many_positions_as_are_said_can_be_read(tmp_path: Path, family: str) -> None:
     model, _ = classifier(make_base(tmp_path, family, pad_token_id=1))  # as the published models of RoBERTa's kin
-    tokens = torch.full((1, places.positions(model)), 5)
+    tokens = torch.full((1, places.positions(model.config)), 5)
     with torch.no_grad():
         result = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
     assert torch.isfinite(result).all()
@@ -61,7 +62,7 @@ def test_as_many_positions_as_are_said_can_be_read(tmp_path: Path, family: str) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_position_more_cannot_be_read(tmp_path: Path, family: str) -> None:
     model, _ = classifier(make_base(tmp_path, family, pad_token_id=1))  # as the published models of RoBERTa's kin
-    tokens = torch.full((1, places.positions(model) + 1), 5)
+    tokens = torch.full((1, places.positions(model.config) + 1), 5)
     with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
         model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
 
@@ -133,3 +134,19 @@ def test_pfeiffer_leaves_attention_alone(tiny_base: Path) -> None:
         with model.disable_adapter():
             model(**INPUTS)
     assert torch.equal(adapted_output, first["output"][0])
+
+
+def test_all_that_does_not_fit_is_told_at_once(tiny_base: Path) -> None:
+    problems = places.misfits(tiny_base, Bottleneck(reduction_factor=99, leave_out=(0, 5)), 1_000)
+    assert [problem.split(":")[0] for problem in problems] == [
+        "adapter.bottleneck.reduction_factor",
+        "adapter.bottleneck.leave_out",
+        "training.max_tokens",
+    ]
+    assert places.misfits(tiny_base, Bottleneck(leave_out=(0,)), 64) == []
+
+
+def test_an_unknown_family_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (problem,) = places.misfits(tmp_path, Bottleneck(), 64)
+    assert "family 'gpt2'" in problem

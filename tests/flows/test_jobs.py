@@ -28,7 +28,7 @@ from tests.conftest import toy_rows, write_csv
 from tests.flows.conftest import Settings
 
 STORE = "s3://adapterline/jobs-test"
-servers = [pytest.mark.integration, pytest.mark.xdist_group("servers"), pytest.mark.usefixtures("servers")]
+servers = [pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands"), pytest.mark.usefixtures("servers")]
 
 MakeSpec = Callable[[str], JobSpec]
 

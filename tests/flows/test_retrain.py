@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,9 +13,9 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from components.config import RegistryConfig
+from components.config import RegistryConfig, RetrainConfig
 from components.data import ledger
-from components.errors import AdapterlineError, GateFailed, GateInconclusive
+from components.errors import AdapterlineError, GateFailed, GateInconclusive, GateRejected
 from components.registry import bundle, tracking, versions
 from flows.retrain import retrain
 from tests.conftest import toy_rows, write_csv
@@ -40,6 +42,22 @@ def jobs(workspace: Path) -> set[str]:
     return {path.parent.name for path in workspace.glob("jobs/*/manifest.json")}
 
 
+@pytest.fixture
+def standing(settings: Settings) -> versions.Version:
+    """The candidate of model `first`, registered by the first test that asks."""
+    if candidate("first") is None:
+        retrain(settings("first"))
+    found = candidate("first")
+    assert found is not None
+    return found
+
+
+def attempt(config: RetrainConfig) -> None:
+    """A run whose verdict does not matter."""
+    with contextlib.suppress(GateRejected):
+        retrain(config)
+
+
 @pytest.mark.slow
 def test_a_run_registers_a_candidate_and_the_same_run_again_trains_nothing(settings: Settings, workspace: Path) -> None:
     config = settings("first")
@@ -57,10 +75,9 @@ def test_a_run_registers_a_candidate_and_the_same_run_again_trains_nothing(setti
 
 
 @pytest.mark.slow
-def test_the_parent_run_holds_the_evidence_and_two_nested_runs(settings: Settings) -> None:
-    retrain(settings("evidence"))
+def test_the_parent_run_holds_the_evidence_and_two_nested_runs(standing: versions.Version) -> None:
     there = connect()
-    (parent,) = there.client.search_runs([there.experiment_id], "tags.model = 'evidence'")
+    parent = there.client.get_run(standing.tags["gate_run"])
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["verdict"] == "pass"
     assert {"adapter/accuracy", "full_fine-tuning/accuracy", "TF-IDF/accuracy"} <= set(parent.data.metrics)
@@ -85,8 +102,8 @@ def test_an_unchanged_baseline_is_reused_when_only_the_adapter_changes(settings:
 
 @pytest.mark.slow
 def test_later_data_never_train_on_what_was_held_out(settings: Settings, tmp_path: Path) -> None:
-    retrain(settings("nightly", rows=400))
-    retrain(settings("nightly", rows=600))
+    attempt(settings("nightly", rows=400))
+    attempt(settings("nightly", rows=600))
     first, second = ledger.records(STORE, "nightly")
     held_out, _ = ledger.load_parts(first.split_uri, first.split_digest, tmp_path / "first")
     assert not set(held_out["test"]["row"]) & ledger.learned_rows(second.split_uri)
@@ -96,9 +113,9 @@ def test_later_data_never_train_on_what_was_held_out(settings: Settings, tmp_pat
 @pytest.mark.slow
 def test_data_that_come_back_are_split_anew_around_what_was_held_out_since(settings: Settings, tmp_path: Path) -> None:
     old, new = settings("returning", rows=400), settings("returning", rows=600)
-    retrain(old)
-    retrain(new)
-    retrain(old.model_copy(update={"seed": 1}))
+    attempt(old)
+    attempt(new)
+    attempt(old.model_copy(update={"seed": 1}))
     _, second, third = ledger.records(STORE, "returning")
     held_out, _ = ledger.load_parts(second.split_uri, second.split_digest, tmp_path / "second")
     assert not set(held_out["test"]["row"]) & ledger.learned_rows(third.split_uri)
@@ -106,10 +123,10 @@ def test_data_that_come_back_are_split_anew_around_what_was_held_out_since(setti
 
 @pytest.mark.slow
 def test_production_is_compared_on_rows_it_never_saw(settings: Settings) -> None:
-    retrain(settings("champion", rows=400))
+    retrain(settings("champion"))
     there = connect()
     there.client.set_registered_model_alias("champion", versions.PRODUCTION, "1")
-    retrain(settings("champion", rows=600))
+    attempt(settings("champion", rows=700))
     (newest, _) = there.client.search_runs(
         [there.experiment_id], "tags.model = 'champion'", order_by=["start_time DESC"]
     )
@@ -124,28 +141,23 @@ def report_rows(report: dict[str, list[dict[str, int]]]) -> int:
 
 
 @pytest.mark.slow
-def test_a_gate_that_fails_or_cannot_tell_leaves_the_candidate(settings: Settings) -> None:
-    retrain(settings("gated"))
-    standing = candidate("gated")
+def test_a_gate_that_fails_or_cannot_tell_leaves_the_candidate(settings: Settings, standing: versions.Version) -> None:
     untrained = {"body": 1e-9, "layer_norm": 1e-9, "head": 1e-9}
     with pytest.raises(GateFailed, match="vs full fine-tuning"):
-        retrain(settings("gated", adapter__schedule={"epochs": 1, "learning_rates": untrained}))
+        retrain(settings("first", adapter__schedule={"epochs": 1, "learning_rates": untrained}))
     with pytest.raises(GateInconclusive, match=r"about [\d,]+ would"):
-        retrain(settings("gated", gate__margin=0.0001))
-    assert candidate("gated") == standing
-    assert count("gated") == 1
+        retrain(settings("first", gate__margin=0.0001))
+    assert candidate("first") == standing
+    assert count("first") == 1
 
 
 @pytest.mark.slow
 def test_the_registered_artifact_is_small_and_holds_no_base_weights(
-    settings: Settings, tiny_base: Path, tmp_path: Path
+    standing: versions.Version, tiny_base: Path, tmp_path: Path
 ) -> None:
-    retrain(settings("small"))
-    version = candidate("small")
-    assert version is not None
-    folder = Path(mlflow.artifacts.download_artifacts(version.uri, dst_path=str(tmp_path / "artifact")))
+    folder = Path(mlflow.artifacts.download_artifacts(standing.uri, dst_path=str(tmp_path / "artifact")))
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) == version.size < 1_000_000
+    assert sum(path.stat().st_size for path in files) == standing.size < 1_000_000
     bundle.read_manifest(next(path.parent for path in files if path.name == bundle.MANIFEST))
     weights = [path for path in files if path.suffix == ".safetensors"]
     assert {path.name for path in weights} == {"adapter_model.safetensors", "predictions.safetensors"}
@@ -166,7 +178,7 @@ BAD_INPUT: dict[str, tuple[bytes | None, dict[str, object], str]] = {
     "20,000 characters": (ROWS + b"x" * 20_000 + b",good\n" + b"short,bad\n" * 200, {}, "20,000 characters"),
     "labels missing": (ROWS + b"hello,NaN\nthere,good\n" * 100, {}, "a label in every row"),
     "duplicate ids": (b"text,label,id\nhi,bad,7\nho,good,7\n", {"data__columns": {"id": "id"}}, "repeated ids"),
-    "gzip cut short": (gzip.compress(ROWS + b"hello,good\n" * 5000)[:-200], {}, "damaged or cut short"),
+    "gzip cut short": (gzip.compress(ROWS + os.urandom(9_000).hex(",").encode())[:-2_000], {}, "damaged or cut short"),
     "reduction factor": (None, {"adapter__bottleneck__reduction_factor": 4000}, "at most the hidden size, 32"),
     "leave out": (None, {"adapter__bottleneck__leave_out": [7]}, "some of the layers 0 to 1"),
     "too many tokens": (None, {"training__max_tokens": 5000}, "at most the base's 70 positions"),
@@ -179,17 +191,6 @@ BAD_INPUT: dict[str, tuple[bytes | None, dict[str, object], str]] = {
     "no bucket for data": (None, {"data__source": "s3://no-such-bucket/rows.csv"}, "no such bucket"),
     "no bucket for the store": (None, {"registry__store": "s3://no-such-bucket"}, "no such bucket"),
 }
-
-
-@pytest.fixture
-def standing(settings: Settings) -> versions.Version:
-    """A candidate that no bad input may touch."""
-    model = "bad-input"
-    if candidate(model) is None:
-        retrain(settings(model))
-    found = candidate(model)
-    assert found is not None
-    return found
 
 
 @pytest.mark.slow
@@ -205,25 +206,22 @@ def test_bad_input_ends_in_one_line_and_the_candidate_stays(
     if "EMPTY" in overrides.values():
         (tmp_path / "empty-base").mkdir()
         overrides = {"base__name": str(tmp_path / "empty-base")}
-    before, accepted = jobs(workspace), len(ledger.records(STORE, "bad-input"))
+    before, accepted = jobs(workspace), len(ledger.records(STORE, "first"))
     with pytest.raises(AdapterlineError) as caught:
-        retrain(settings("bad-input", rows=200, **overrides))
+        retrain(settings("first", rows=200, **overrides))
     line = str(caught.value)
     assert re.fullmatch(r"expected .+; found .+; .+", line), "one line of three parts"
     assert message in line
-    assert candidate("bad-input") == standing
-    assert count("bad-input") == 1
+    assert candidate("first") == standing
+    assert count("first") == 1
     assert jobs(workspace) == before, "nothing was trained"
-    assert len(ledger.records(STORE, "bad-input")) == accepted, "no data were accepted"
+    assert len(ledger.records(STORE, "first")) == accepted, "no data were accepted"
 
 
 @pytest.mark.slow
 def test_a_version_whose_predictions_are_not_reproduced_is_taken_back(
-    settings: Settings, tmp_path: Path, workspace: Path
+    standing: versions.Version, tmp_path: Path, workspace: Path
 ) -> None:
-    retrain(settings("proof"))
-    standing = candidate("proof")
-    assert standing is not None
     there = connect()
     name = next(name for name in jobs(workspace) if name.startswith("pfeiffer-"))
     folder = tmp_path / "forged"
@@ -238,9 +236,9 @@ def test_a_version_whose_predictions_are_not_reproduced_is_taken_back(
     parts, _ = ledger.load_parts(manifest.data_uri, manifest.data_digest, tmp_path / "split")
     run = tracking.start(there, "forged", {})
     with pytest.raises(AdapterlineError, match="test probabilities"):
-        versions.register(there, run, "proof", folder, parts["test"], {}, "forged")
-    assert candidate("proof") == standing
-    assert count("proof") == 1
+        versions.register(there, run, "first", folder, parts["test"], {}, "forged")
+    assert candidate("first") == standing
+    assert count("first") == 1
 
 
 def test_toy_rows_are_all_different(tmp_path: Path) -> None:
