@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,9 +79,10 @@ def split(cleaned: Cleaned, config: SplitConfig, frozen: Dataset | None = None) 
     known = set(rows["row"])
     ghosts = frozen.filter(lambda row: row not in known, input_columns="row") if frozen is not None else None
     earlier = set(frozen["row"]) if frozen is not None else set()
-    ghost_words = _words(ghosts) if ghosts is not None else []
-    cluster = clusters([*_words(rows), *ghost_words], config.near_duplicate_jaccard)
-    is_frozen = np.array([row in earlier for row in rows["row"]] + [True] * len(ghost_words), dtype=bool)
+    haunting = [ghosts] if ghosts is not None else []
+    cluster = clusters(chain.from_iterable(map(_texts, [rows, *haunting])), config.near_duplicate_jaccard)
+    is_frozen = np.ones(len(cluster), dtype=bool)
+    is_frozen[: len(rows)] = [row in earlier for row in rows["row"]]
     part = assign(rows["row"], np.asarray(rows["label"]), cluster, is_frozen, config)
     train, validation, test = (rows.select(np.flatnonzero(part == code)) for code in range(3))
     _require_every_class({"train": train, "validation": validation, "test": test}, cleaned.labels)
@@ -136,10 +138,10 @@ def _order(row: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{row}".encode()).digest()
 
 
-def _words(table: Dataset) -> list[str]:
-    if "text_pair" not in table.column_names:
-        return list(table["text"])
-    return [f"{text} {pair}" for text, pair in zip(table["text"], table["text_pair"], strict=True)]
+def _texts(table: Dataset) -> Iterator[str]:
+    """Each row's text, with its pair, batch by batch."""
+    for batch in table.iter(batch_size=10_000):
+        yield from map(" ".join, zip(batch["text"], batch.get("text_pair", [""] * len(batch["text"])), strict=True))
 
 
 def _require_every_class(parts: dict[str, Dataset], labels: Sequence[str]) -> None:

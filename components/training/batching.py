@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
 # Batches are cut from buckets of this many batches: large enough to pad little, small enough to stay random.
 BUCKET = 50
+
+
+class Ragged(Sequence[npt.NDArray[np.int32]]):
+    """Rows of unequal length over one Arrow list array: no Python object a row, and a row is a view of its buffer."""
+
+    def __init__(self, batches: list[pa.Array]) -> None:
+        import pyarrow as pa
+
+        lists = pa.chunked_array(batches, pa.large_list(pa.int32())).combine_chunks()
+        self._values, self._starts = lists.values.to_numpy(), lists.offsets.to_numpy()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._values[self._starts[row] : self._starts[row + 1]]
 
 
 @dataclass(frozen=True)
@@ -25,8 +42,8 @@ class Tokens:
     ids, types: one int array a row.  labels: (rows,).  cut: (rows,).
     """
 
-    ids: list[npt.NDArray[np.int64]]
-    types: list[npt.NDArray[np.int64]] | None
+    ids: Sequence[npt.NDArray[np.int32]]
+    types: Sequence[npt.NDArray[np.int32]] | None
     labels: npt.NDArray[np.int64]
     cut: npt.NDArray[np.bool_]
 
@@ -37,8 +54,11 @@ class Tokens:
 
 def tokenise(table: Dataset, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> Tokens:
     """Tokenise `text` and [`text_pair`], cutting at `max_tokens`; `label` may be missing."""
-    ids: list[npt.NDArray[np.int64]] = []
-    types: list[npt.NDArray[np.int64]] = []
+    import pyarrow as pa
+
+    kind = pa.large_list(pa.int32())
+    ids: list[pa.Array] = []
+    types: list[pa.Array] = []
     cut: list[bool] = []
     for batch in table.iter(batch_size=1_000):
         encoded = tokenizer(
@@ -49,11 +69,12 @@ def tokenise(table: Dataset, tokenizer: PreTrainedTokenizerFast, max_tokens: int
             padding=False,
             return_attention_mask=False,
         )
-        ids.extend(np.asarray(row, dtype=np.int64) for row in encoded["input_ids"])
-        types.extend(np.asarray(row, dtype=np.int64) for row in encoded.get("token_type_ids", []))
+        ids.append(pa.array(encoded["input_ids"], kind))
+        if "token_type_ids" in encoded:
+            types.append(pa.array(encoded["token_type_ids"], kind))
         cut.extend(bool(row.overflowing) for row in encoded.encodings)
     labels = np.asarray(table["label"] if "label" in table.column_names else [0] * len(table), dtype=np.int64)
-    return Tokens(ids, types or None, labels, np.array(cut, dtype=bool))
+    return Tokens(Ragged(ids), Ragged(types) if types else None, labels, np.array(cut, dtype=bool))
 
 
 def training_batches(lengths: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> list[npt.NDArray[np.int64]]:
@@ -97,7 +118,10 @@ def collate(
 
 
 def _padded(
-    values: list[npt.NDArray[np.int64]], rows: Sequence[int] | npt.NDArray[np.int64] | range, width: int, fill: int
+    values: Sequence[npt.NDArray[np.integer]],
+    rows: Sequence[int] | npt.NDArray[np.int64] | range,
+    width: int,
+    fill: int,
 ) -> torch.Tensor:
     block = np.full((len(rows), width), fill, dtype=np.int64)
     for index, row in enumerate(rows):
