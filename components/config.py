@@ -201,9 +201,21 @@ class RegistryConfig(Frozen):
         return self
 
 
-class ComputeConfig(Frozen):
-    """What jobs may use. Nothing here changes what is learned, except the device's own rounding."""
+def _none_if_empty(value: Any) -> Any:
+    """prefect.yaml gives an empty text where an environment variable is not set."""
+    return None if value == "" else value
 
+
+class ComputeConfig(Frozen):
+    """Where jobs run and what they may use. Nothing here changes what is learned, except how sums are rounded."""
+
+    deployment: Annotated[Annotated[str, Field(pattern=r"^train/[\w.-]+$")] | None, BeforeValidator(_none_if_empty)] = (
+        Field(None, description="train/local, train/cpu, train/gpu or train/k8s; by default subprocesses of this flow")
+    )
+    job_variables: dict[str, Any] = Field(
+        {}, description="of the deployment's work pool, e.g. {mem_limit: 8g}; see infra/work-pools"
+    )
+    processes: Positive = Field(1, description="of one job, one a GPU; more than one go through accelerate launch")
     workspace: str = Field("out/work", description="folder for bundles and reports of jobs")
     threads: Positive | None = Field(None, description="per job; by default the cores shared among the jobs")
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -35,7 +35,8 @@ def at_once(compute: ComputeConfig) -> int:
 def limits(compute: ComputeConfig, jobs: int) -> Limits:
     """The cores shared among the jobs that run at once."""
     cores = len(os.sched_getaffinity(0))
-    return Limits(threads=compute.threads or max(1, cores // jobs), device=compute.device)
+    threads = compute.threads or max(1, cores // (jobs * compute.processes))
+    return Limits(threads=threads, device=compute.device, processes=compute.processes)
 
 
 def side_by_side(

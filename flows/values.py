@@ -17,7 +17,7 @@ from components.training.spec import DataRef, JobSpec, Limits, code_version
 
 # Settings that decide neither what is learned nor what is concluded.
 WITHOUT_EFFECT: dict[str, Any] = {
-    "compute": {"workspace", "threads", "job_memory_gb", "timeout_hours"},
+    "compute": {"deployment", "job_variables", "processes", "workspace", "threads", "job_memory_gb", "timeout_hours"},
     "registry": True, "report": True, "data": {"source", "revision"},
 }  # fmt: skip
 

@@ -21,10 +21,14 @@ class DataRef(Frozen):
 
 
 class Limits(Frozen):
-    """What the job may use. The number of threads changes nothing but how sums are rounded."""
+    """What the job may use. The numbers of threads and processes change nothing but how sums are rounded.
+
+    processes: data-parallel, each with its share of every batch; batch size and number of steps stay what they are.
+    """
 
     threads: int
     device: str
+    processes: int = 1
 
 
 class JobSpec(Frozen):
@@ -44,7 +48,8 @@ class JobSpec(Frozen):
     @property
     def digest(self) -> str:
         """What is learned counts; where the data lies and how many threads work on them does not."""
-        return digest.of_json(self.model_dump(mode="json", exclude={"data": {"uri"}, "limits": {"threads"}}))
+        settings = self.model_dump(mode="json", exclude={"data": {"uri"}, "limits": {"threads", "processes"}})
+        return digest.of_json(settings)
 
 
 def code_version() -> str:
