@@ -6,6 +6,7 @@ Everything is checked before the first training second, and all errors of a file
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -213,7 +214,7 @@ class ComputeConfig(Frozen):
         Field(None, description="train/local, train/cpu, train/gpu or train/k8s; by default subprocesses of this flow")
     )
     job_variables: dict[str, Any] = Field(
-        {}, description="of the deployment's work pool, e.g. {mem_limit: 8g}; see infra/work-pools"
+        {}, description="of the deployment's work pool, e.g. {memory: 8g}; see infra/work-pools"
     )
     processes: Positive = Field(1, description="of one job, one a GPU; more than one go through accelerate launch")
     workspace: str = Field("out/work", description="folder for bundles and reports of jobs")
@@ -241,8 +242,8 @@ class RetrainConfig(Frozen):
     seed: int = 0
 
 
-def load(path: Path, overrides: dict[str, str] | None = None) -> RetrainConfig:
-    """Read a YAML file. `overrides` are dotted keys and YAML values, e.g. `{"gate.margin": "0.02"}`.
+def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RetrainConfig:
+    """Read a YAML file. `overrides` are dotted keys with values, or text in YAML: `{"gate.margin": "0.02"}`.
 
     Raises ConfigError naming every wrong key at once.
     """
@@ -256,16 +257,30 @@ def load(path: Path, overrides: dict[str, str] | None = None) -> RetrainConfig:
         ) from error
     if not isinstance(content, dict):
         raise ConfigError("a YAML mapping of parameters", f"{type(content).__name__} in {path}", "see flows/presets")
+    return parse(content, str(path), overrides)
+
+
+def settle(config: RetrainConfig | None, preset_name: str | None, overrides: Mapping[str, Any]) -> RetrainConfig:
+    """The parameters that a flow was given: a whole configuration or the name of a preset, with keys overridden.
+
+    Raises ConfigError when there are both or none, or a key is wrong.
+    """
+    if config is not None and preset_name is None:
+        return parse(config.model_dump(mode="json"), "the flow's parameters", overrides) if overrides else config
+    if config is None and preset_name is not None:
+        return load(preset(preset_name), overrides)
+    raise ConfigError("either config or preset", "both" if config else "neither", "pass one, e.g. -p preset=tweets")
+
+
+def parse(content: dict[str, Any], origin: str, overrides: Mapping[str, Any] | None = None) -> RetrainConfig:
+    """The validated parameters; `origin` is named in errors."""
+    import yaml
+
     for dotted, value in (overrides or {}).items():
         try:
-            _set(content, dotted, yaml.safe_load(value))
+            _set(content, dotted, yaml.safe_load(value) if isinstance(value, str) else value)
         except yaml.YAMLError as error:
-            raise ConfigError("a YAML value", f"--set {dotted}={value}", "check brackets and quotes") from error
-    return parse(content, str(path))
-
-
-def parse(content: dict[str, Any], origin: str) -> RetrainConfig:
-    """The validated parameters; `origin` is named in errors."""
+            raise ConfigError("a YAML value", f"{dotted}={value}", "check brackets and quotes") from error
     try:
         return RetrainConfig.model_validate(content)
     except ValidationError as error:
@@ -287,7 +302,7 @@ def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
     for parent in parents:
         content = content.setdefault(parent, {})
         if not isinstance(content, dict):
-            raise ConfigError("a key inside a section", f"--set {dotted}", f"{parent!r} holds a value, not a section")
+            raise ConfigError("a key inside a section", dotted, f"{parent!r} holds a value, not a section")
     content[last] = value
 
 

@@ -10,9 +10,13 @@
     ├── StorageError            a file, bucket or object cannot be reached
     │   └── StorageUnavailable  the server did not answer          (a retry can help)
     ├── TrainingError           a job could not train
-    │   └── JobKilled           its process was killed             (a retry resumes it)
+    │   ├── OutOfMemory         the memory of its device did not suffice
+    │   ├── JobKilled           its process, container or pod was killed (a retry resumes it)
+    │   ├── JobCancelled        someone cancelled it
+    │   └── ComputeError        nothing is there to run it, or that refuses it
     ├── RegistryError           a version could not be registered, or is not what was registered
     │   └── RegistryUnavailable MLflow did not answer              (a retry can help)
+    ├── ModelBusy               another run retrains the same model
     └── GateRejected            the gate did not pass; everything was measured and logged
         ├── GateFailed          exit code 2
         └── GateInconclusive    exit code 3
@@ -22,6 +26,7 @@ Every message is one line that says what was expected, what was found and what t
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 
@@ -79,10 +84,22 @@ class TrainingError(AdapterlineError):
     """A job could not train."""
 
 
+class OutOfMemory(TrainingError):
+    """The memory of the job's device did not suffice; it will not the next time either."""
+
+
 class JobKilled(TrainingError):
     """The job's process was killed; its checkpoints are there."""
 
     retry_can_help = True
+
+
+class JobCancelled(TrainingError):
+    """Someone cancelled the job; its checkpoints are there."""
+
+
+class ComputeError(TrainingError):
+    """Nothing is there to run the job, or that refuses it: no deployment, worker, image, GPU."""
 
 
 class RegistryError(AdapterlineError):
@@ -93,6 +110,10 @@ class RegistryUnavailable(RegistryError):
     """MLflow did not answer."""
 
     retry_can_help = True
+
+
+class ModelBusy(AdapterlineError):
+    """Another run retrains the same model."""
 
 
 class GateRejected(AdapterlineError):
@@ -109,3 +130,12 @@ class GateInconclusive(GateRejected):
     """No rule failed, but at least one could not be decided on this test part."""
 
     exit_code = 3
+
+
+def from_line(name: str, line: str, otherwise: type[AdapterlineError]) -> AdapterlineError:
+    """The error of that name that gave this line, in another process; `otherwise` when it was none of the tree."""
+    kind = globals().get(name)
+    parts = re.fullmatch(r"expected (.*?); found (.*); (.*)", line, re.DOTALL)
+    if parts and isinstance(kind, type) and issubclass(kind, AdapterlineError):
+        return kind(*parts.groups())
+    return otherwise("the job to finish", f"its message: {line}", "correct that and run again: it resumes")

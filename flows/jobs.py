@@ -1,11 +1,11 @@
-"""Jobs as subprocesses: started, followed, ended with the flow."""
+"""Jobs as subprocesses: started, followed, ended with the flow. Jobs that run elsewhere: flows/elsewhere.py."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,28 +15,46 @@ import psutil
 from prefect import Task
 
 from components.config import ComputeConfig
-from components.errors import JobKilled, TrainingError
+from components.errors import JobKilled, OutOfMemory, TrainingError
 from components.registry.tracking import RUN_VARIABLE
-from components.training import progress
+from components.training import launch, progress
 from components.training.spec import JobSpec, Limits
 from flows.values import Run, Trained
 
 CANCEL_S = 10
+# Where the kernel counts what it killed for want of memory, by version of control groups.
+OOM_COUNTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+CPU_QUOTAS = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 
-
-_running: set[subprocess.Popen[str]] = set()
+# How to end each job that runs, for when the flow is interrupted.
+enders: set[Callable[[], None]] = set()
 
 
 def at_once(compute: ComputeConfig) -> int:
-    """How many of the two jobs fit into free memory side by side."""
-    return 2 if psutil.virtual_memory().available >= 2 * compute.job_memory_gb * 1e9 else 1
+    """How many of the two jobs run side by side: what fits into free memory here; elsewhere the work pool decides."""
+    free = psutil.virtual_memory().available
+    return 2 if compute.deployment or free >= 2 * compute.job_memory_gb * 1e9 else 1
 
 
 def limits(compute: ComputeConfig, jobs: int) -> Limits:
-    """The cores shared among the jobs that run at once."""
-    cores = len(os.sched_getaffinity(0))
-    threads = compute.threads or max(1, cores // (jobs * compute.processes))
-    return Limits(threads=threads, device=compute.device, processes=compute.processes)
+    """The cores shared among the jobs that run at once; 0 threads are for a place elsewhere to decide."""
+    here = 0 if compute.deployment else max(1, cores() // (jobs * compute.processes))
+    return Limits(threads=compute.threads or here, device=compute.device, processes=compute.processes)
+
+
+def cores() -> int:
+    """Cores that this process may use: of the machine, or of its container."""
+    return min([len(os.sched_getaffinity(0)), *(quota for path in CPU_QUOTAS if (quota := _quota(Path(path))))])
+
+
+def _quota(path: Path) -> int | None:
+    """Whole cores that a control group allows, None without a limit."""
+    try:
+        words = path.read_text().split()
+        period = words[1] if len(words) > 1 else path.with_name("cpu.cfs_period_us").read_text()
+        return max(1, int(words[0]) // int(period)) if words[0] not in ("max", "-1") else None
+    except (OSError, ValueError):
+        return None
 
 
 def side_by_side(
@@ -53,8 +71,8 @@ def side_by_side(
         for future in futures:
             future.wait()
     except BaseException:
-        for process in list(_running):
-            process.terminate()
+        for end in list(enders):
+            end()
         raise
     return [future.result() for future in futures]
 
@@ -64,28 +82,43 @@ def follow(
     out: Path,
     mlflow_run: str,
     tracking_uri: str,
-    timeout_s: float,
+    timeout_hours: float,
     report: Callable[[progress.Event], None],
 ) -> None:
-    """Run one job to its end, passing on its progress.
-
-    Raises TrainingError with the job's own line, JobKilled when its process was killed. When this process is
-    interrupted the job is ended with it.
-    """
+    """Run one job in this folder to its end. Raises what `run` raises."""
     out.mkdir(parents=True, exist_ok=True)
     path = out.with_suffix(".spec.json")
     path.write_text(spec.model_dump_json(indent=2))
-    command = [sys.executable, "-m", "components.training.job", str(path), str(out), "--progress", "json"]
+    run(spec, str(path), str(out), mlflow_run, tracking_uri, timeout_hours, report)
+
+
+def run(
+    spec: JobSpec,
+    path: str,
+    out: str,
+    mlflow_run: str,
+    tracking_uri: str,
+    timeout_hours: float,
+    report: Callable[[progress.Event], None],
+) -> None:
+    """Run the job whose spec lies at `path` to its end, passing on its progress.
+
+    Raises TrainingError with the job's own line, JobKilled when its process was killed, OutOfMemory when the limit of
+    its container was reached. When this process is interrupted the job is ended with it.
+    """
     environment = {
         **os.environ,
         "MLFLOW_TRACKING_URI": tracking_uri,
         RUN_VARIABLE: mlflow_run,
         "TOKENIZERS_PARALLELISM": "false",
     }
+    killed_before = _killed_for_memory()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
-        _running.add(process)
-        expired = _Alarm(process, timeout_s)
+        process = subprocess.Popen(
+            launch.command(spec, path, out), stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+        )
+        enders.add(process.terminate)
+        expired = _Alarm(process, timeout_hours * 3600)
         try:
             for line in process.stdout or ():
                 if event := progress.parse(line):
@@ -94,22 +127,39 @@ def follow(
         finally:
             expired.cancel()
             _end(process)
-            _running.discard(process)
+            enders.discard(process.terminate)
         errors.seek(0)
         last = (errors.read().strip().splitlines() or ["no message"])[-1]
+    if code == 0:
+        return
     if expired.fired:
         raise TrainingError(
-            f"job {spec.method} within {timeout_s / 3600:g} h",
+            f"job {spec.method} within {timeout_hours:g} h",
             "one that is still running",
             "raise compute.timeout_hours; it resumes",
         )
-    if code == -signal.SIGKILL:  # what the kernel sends when memory runs out
+    if _killed_for_memory() > killed_before:
+        raise OutOfMemory(
+            f"job {spec.method} to fit into memory",
+            "it was killed at the limit of its container",
+            "raise its memory (compute.job_variables) or lower training.batch_size; it resumes",
+        )
+    if code > 128:  # as a shell and accelerate's launcher tell of a signal
+        code = 128 - code
+    if code == -signal.SIGKILL:  # what the kernel sends when memory of the machine runs out
         raise JobKilled(f"job {spec.method} to finish", "its process killed by SIGKILL", "give it memory; it resumes")
     if code < 0:
         name = signal.Signals(-code).name
         raise TrainingError(f"job {spec.method} to finish", f"its process ended by {name}", "run again: it resumes")
-    if code != 0:
-        raise _failed(spec, last)
+    raise _failed(spec, last)
+
+
+def _killed_for_memory() -> int:
+    """How many processes of this container the kernel has killed at its memory limit; 0 where nobody counts."""
+    for path in OOM_COUNTS:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return int(dict(line.split() for line in Path(path).read_text().splitlines())["oom_kill"])
+    return 0
 
 
 def _failed(spec: JobSpec, line: str) -> TrainingError:

@@ -2,7 +2,7 @@
 
     python -m flows.retrain --preset tweets
     python -m flows.retrain --config my.yaml --set gate.margin=0.02
-    prefect deployment run retrain/nightly
+    prefect deployment run retrain/nightly -p preset=tweets --watch
 
 Exit code 0: registered, or up to date. 2: the gate failed. 3: the test part is too small to tell. 1: an error.
 """
@@ -10,38 +10,48 @@ Exit code 0: registered, or up to date. 2: the gate failed. 3: the test part is 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from prefect import flow
 
+from components import config as configs
 from components.config import RetrainConfig
-from flows import screen, steps
+from flows import events, screen, steps
 from flows.jobs import side_by_side
+from flows.turns import alone
 
 
 @flow(name="retrain", persist_result=False)
-def retrain(config: RetrainConfig) -> str:
+def retrain(
+    config: RetrainConfig | None = None, preset: str | None = None, overrides: dict[str, Any] | None = None
+) -> str:
     """Register a new candidate of `config.model` if it passes the gate. Returns the version that answers,
     as models:/NAME/NUMBER.
 
+    config, or the name of a preset of flows/presets; overrides: dotted keys, e.g. {"gate.margin": 0.02}.
+
     Raises AdapterlineError; of these, GateFailed and GateInconclusive when the gate did not pass.
     """
-    rows = steps.fetch(config)
-    plan = steps.plan(config, rows)
-    if standing := steps.up_to_date(config, plan):
-        screen.up_to_date(standing)
-        return standing.address
-    steps.check(config)
+    config = configs.settle(config, preset, overrides or {})
+    with alone(config.model):
+        rows = steps.fetch(config)
+        plan = steps.plan(config, rows)
+        if standing := steps.up_to_date(config, plan):
+            screen.up_to_date(standing)
+            return standing.address
+        steps.check(config)
 
-    with steps.recorded(config, rows, plan) as run:
-        steps.validate(config, rows, run)
-        split = steps.split(config, rows, run)
-        jobs = [plan.baseline(split), plan.adapter(split)]
-        baseline, adapter = side_by_side(steps.train, jobs, plan.jobs_at_once, config.compute, run)
-        judged = steps.gate(config, split, baseline, adapter, run)
-        screen.results(judged, baseline, adapter)
-        judged.report.raise_unless_passed()
-        version = steps.register(config, plan, split, adapter, judged, run)
-        screen.registered(version)
+        with steps.recorded(config, rows, plan) as run:
+            steps.validate(config, rows, run)
+            split = steps.split(config, rows, run)
+            jobs = [plan.baseline(split), plan.adapter(split)]
+            baseline, adapter = side_by_side(steps.train, jobs, plan.jobs_at_once, config.compute, run)
+            judged = steps.gate(config, split, baseline, adapter, run)
+            screen.results(judged, baseline, adapter)
+            events.judged(config, judged, run)
+            judged.report.raise_unless_passed()
+            version = steps.register(config, plan, split, adapter, judged, run)
+            screen.registered(version)
     return version.address
 
 

@@ -32,7 +32,7 @@ from components.registry import bundle, tracking, versions
 from components.registry.versions import Version
 from components.training import progress
 from components.training.spec import JobSpec
-from flows import jobs, screen
+from flows import elsewhere, jobs, screen
 from flows.values import Judged, Plan, Rows, Run, Trained
 
 if TYPE_CHECKING:
@@ -86,11 +86,19 @@ def up_to_date(config: RetrainConfig, plan: Plan) -> Version | None:
 
 @task(**STEP, name="check")
 def check(config: RetrainConfig) -> None:
-    """Does the adapter fit the base? Raises ConfigError with everything that does not, before anything is trained."""
+    """Does the adapter fit the base, and the store the place where jobs run? Raises ConfigError with everything that
+    does not, before anything is trained.
+    """
     from components.adapters.places import misfits
 
     base = base_model.find(config.base)
     problems = misfits(base.path, config.adapter.bottleneck, config.training.max_tokens)
+    if config.compute.deployment and not storage.is_s3(config.registry.store):
+        raise ConfigError(
+            f"registry.store at s3:// for jobs in {config.compute.deployment}",
+            config.registry.store,
+            "name a bucket that both can reach",
+        )
     if problems:
         raise ConfigError("an adapter that fits the base model", "; ".join(problems), "correct adapter and training")
 
@@ -109,7 +117,7 @@ def recorded(config: RetrainConfig, rows: Rows, plan: Plan) -> Iterator[Run]:
     }
     reports = Path(config.compute.workspace) / "reports" / plan.digest[:16]
     reports.mkdir(parents=True, exist_ok=True)
-    run = Run(connection, tracking.start(connection, f"retrain {config.model}", tags), reports)
+    run = Run(connection, tracking.start(connection, f"retrain {config.model}", tags), reports, config.registry.store)
     try:
         tracking.record(connection, run.id, params=_flat(config.model_dump(mode="json")))
         yield run
@@ -238,7 +246,10 @@ def _follow(spec: JobSpec, out: Path, run: Run, run_id: str, compute: ComputeCon
             update_progress_artifact(artifact, 100 * event.step / event.steps, progress.describe(event))
 
     try:
-        jobs.follow(spec, out, run_id, run.tracking.uri, compute.timeout_hours * 3600, report)
+        if compute.deployment:
+            elsewhere.follow(spec, out, run.store, run_id, compute, report)
+        else:
+            jobs.follow(spec, out, run_id, run.tracking.uri, compute.timeout_hours, report)
         update_progress_artifact(artifact, 100.0, "finished")
     finally:
         screen.bar(spec.method, None)

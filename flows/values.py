@@ -76,11 +76,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """The parent run in MLflow, and the folder where this run's reports lie."""
+    """The parent run in MLflow, the folder where this run's reports lie, and the store its jobs share."""
 
     tracking: Tracking
     id: str
     reports: Path
+    store: str
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,235 @@
+"""Jobs in a Prefect deployment: started, followed, ended with the flow.
+
+What travels is small: the spec goes to the store, the deployment gets its URI and digest, and what comes back is the
+bundle at its URI, the child run's log and state, and the pulse.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from components import digest, errors, storage
+from components.config import ComputeConfig
+from components.errors import ComputeError, JobCancelled, JobKilled, TrainingError
+from components.registry import bundle
+from components.training import progress
+from components.training.spec import JobSpec
+from flows import jobs
+from flows.pulse import SILENCE_S, Listener
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
+
+POLL_S = 2.0
+# A worker is thought away when its pool has not been ready for so long, and the job has not begun.
+UNATTENDED_S = 60.0
+# How long a cancelled job may take to end before the flow leaves without it.
+CANCEL_S = 60.0
+
+log = logging.getLogger("adapterline")
+
+
+def follow(
+    spec: JobSpec, out: Path, store: str, mlflow_run: str, compute: ComputeConfig, report: Callable[[Any], None]
+) -> None:
+    """Run one job in `compute.deployment` to its end and bring its bundle to the folder `out`.
+
+    Raises ComputeError when there is nothing to run it or that refuses it, JobKilled when its process, container or pod
+    was killed, JobCancelled, and TrainingError with the job's own line. When this process is interrupted the job is
+    cancelled with it.
+    """
+    from prefect import get_client
+
+    there = storage.join(store, "jobs", out.name)
+    if not storage.exists(storage.join(there, bundle.MANIFEST)):
+        with get_client(sync_client=True) as client:
+            run = _running(client, spec, compute) or _start(client, spec, there, mlflow_run, compute)
+            _attend(client, spec, run, there, report)
+    storage.download_folder(there, out)
+
+
+def tag(spec: JobSpec) -> str:
+    """Marks the runs of one job."""
+    return f"job:{spec.digest[:16]}"
+
+
+def _start(client: SyncPrefectClient, spec: JobSpec, out: str, mlflow_run: str, compute: ComputeConfig) -> FlowRun:
+    from prefect.deployments import run_deployment
+    from prefect.exceptions import ObjectNotFound
+
+    name = str(compute.deployment)
+    try:
+        client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        raise ComputeError(f"deployment {name}", "none of that name", "make it with `prefect deploy --all`") from None
+    content, uri = spec.model_dump_json(indent=2).encode(), f"{out}.spec.json"
+    storage.write(uri, content)
+    parameters = {
+        "spec": uri,
+        "digest": digest.of_bytes(content),
+        "out": out,
+        "mlflow_run": mlflow_run,
+        "timeout_hours": compute.timeout_hours,
+    }
+    run: Any = run_deployment(
+        name,
+        parameters=parameters,
+        timeout=0,
+        flow_run_name=f"{spec.method}-{spec.digest[:8]}",
+        tags=[tag(spec), spec.method],
+        job_variables=compute.job_variables,
+    )
+    log.info("          %s goes to %s as run %s", spec.method, name, run.name)
+    return client.read_flow_run(run.id)
+
+
+def _running(client: SyncPrefectClient, spec: JobSpec, compute: ComputeConfig) -> FlowRun | None:
+    """A run of this very job that has not ended: a flow before this one was killed and left it, or shares it."""
+    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+    from prefect.client.schemas.objects import StateType
+
+    alive = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING]
+    found = client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate(
+            {"tags": {"all_": [tag(spec)]}, "state": {"type": {"any_": alive}}}
+        ),
+        deployment_filter=DeploymentFilter.model_validate(
+            {"name": {"any_": [str(compute.deployment).partition("/")[2]]}}
+        ),
+    )
+    if found:
+        log.info("          %s goes on in run %s", spec.method, found[0].name)
+    return found[0] if found else None
+
+
+def _attend(
+    client: SyncPrefectClient, spec: JobSpec, run: FlowRun, out: str, report: Callable[[progress.Event], None]
+) -> None:
+    """Poll a run until it ends, passing on its progress and its log."""
+    patience = math.inf  # until when a cancelled run may take to end
+
+    def cancel() -> None:
+        nonlocal patience
+        patience = min(patience, time.monotonic() + CANCEL_S)
+        _cancel(run.id)
+
+    jobs.enders.add(cancel)
+    listener, told, attended = Listener(out), 0, time.monotonic()
+    try:
+        while time.monotonic() < patience:
+            run = client.read_flow_run(run.id)
+            told = _relay(client, spec, run, told)
+            state = run.state
+            if state is not None and state.is_final():
+                break
+            if event := listener.listen():
+                report(event)
+            if state is None or not state.is_running():
+                listener.restart()
+                attended = _attended(client, run, attended)
+            elif listener.silence > SILENCE_S:
+                _declare_dead(client, run)
+                raise JobKilled(
+                    f"signs of life of job {spec.method}", f"none for {SILENCE_S:.0f} s", "run again: it resumes"
+                )
+            time.sleep(POLL_S)
+    except BaseException:
+        cancel()
+        raise
+    finally:
+        jobs.enders.discard(cancel)
+    _judge(spec, run)
+
+
+def _relay(client: SyncPrefectClient, spec: JobSpec, run: FlowRun, told: int) -> int:
+    """Pass on the child's log lines beyond the first `told`; how many there are now."""
+    from prefect.client.schemas.filters import LogFilter
+    from prefect.client.schemas.sorting import LogSort
+
+    lines = client.read_logs(
+        LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}),
+        offset=told,
+        limit=200,
+        sort=LogSort.TIMESTAMP_ASC,
+    )
+    for line in lines:
+        if line.name.startswith("adapterline") or line.level >= logging.ERROR:
+            log.log(line.level, "%s | %s", spec.method, line.message.strip())
+    return told + len(lines)
+
+
+def _attended(client: SyncPrefectClient, run: FlowRun, since: float) -> float:
+    """When the run's pool last had a worker. Raises ComputeError when it has none for too long."""
+    from prefect.client.schemas.objects import WorkPoolStatus
+
+    pool = client.read_work_pool(str(run.work_pool_name))
+    if pool.status == WorkPoolStatus.READY:
+        return time.monotonic()
+    if time.monotonic() - since > UNATTENDED_S:
+        raise ComputeError(
+            f"a worker on work pool {pool.name}",
+            f"none ({pool.status})",
+            "start one, e.g. with `make up`, and run again",
+        )
+    return since
+
+
+def _cancel(run_id: UUID) -> None:
+    """Ask for a run to be cancelled. May be called while the flow is being killed: never raises."""
+    import httpx
+    from prefect import get_client
+    from prefect.exceptions import PrefectException
+    from prefect.states import Cancelling
+
+    try:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(run_id, Cancelling())
+    except (PrefectException, httpx.HTTPError) as error:
+        log.warning("run %s could not be cancelled: %s", run_id, type(error).__name__)
+
+
+def _declare_dead(client: SyncPrefectClient, run: FlowRun) -> None:
+    from prefect.states import Crashed
+
+    client.set_flow_run_state(run.id, Crashed(message="no sign of life from the job"), force=True)
+
+
+def _judge(spec: JobSpec, run: FlowRun) -> None:
+    """Raise the error that an ended run stands for; none for one that completed."""
+    state = run.state
+    if state is not None and state.is_completed():
+        return
+    where = f"job {spec.method} in run {run.name}"
+    if state is None or state.is_cancelled() or not state.is_final():
+        raise JobCancelled(f"{where} to finish", "it was cancelled", "run again: it resumes")
+    found = (state.message or "no message").strip()
+    if state.is_crashed():
+        raise _crashed(where, found)
+    raise errors.from_line(state.name or "", found, TrainingError)
+
+
+def _crashed(where: str, found: str) -> TrainingError:
+    """What infrastructure did to a job: it refused it, ran out of memory, or killed it."""
+    if found.startswith("Failed to submit"):  # Prefect's own words
+        return ComputeError(f"{where} to start", _in_words(found), "correct that and run again")
+    if "OutOfMemory" in found:
+        return errors.OutOfMemory(
+            f"{where} to fit into memory", found, "raise compute.job_variables memory; it resumes"
+        )
+    return JobKilled(f"{where} to finish", found, "run again: it resumes")
+
+
+def _in_words(found: str) -> str:
+    """What Docker means by its best-known refusals."""
+    if "could not select device driver" in found:
+        return "no GPU driver for containers on the worker's machine (Docker could not select a device driver)"
+    if "ImageNotFound" in found or "No such image" in found or "pull access denied" in found:
+        return f"no such image there ({found})"
+    return found

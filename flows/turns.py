@@ -1,0 +1,43 @@
+"""Turns: one run a model at a time, one job a GPU, wherever they were started."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from prefect import get_client
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectAlreadyExists
+
+from components.errors import ModelBusy
+
+# Who was killed holds a slot for no longer than this, s.
+LEASE_S = 60
+
+
+@contextlib.contextmanager
+def turn(limit: str, max_retries: int | None = None) -> Iterator[None]:
+    """One slot of a global concurrency limit, for the length of the block; waits for it unless told otherwise.
+
+    A server that restarts meanwhile does not end the block.
+    """
+    with concurrency(
+        limit, max_retries=max_retries, lease_duration=LEASE_S, strict=True, raise_on_lease_renewal_failure=False
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def alone(model: str) -> Iterator[None]:
+    """Hold the model for the length of the block. Raises ModelBusy at once when another run holds it."""
+    name = f"retrain-{model}"
+    with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):  # another was first
+        client.upsert_global_concurrency_limit_by_name(name, 1)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(turn(name, max_retries=0))
+        except ConcurrencySlotAcquisitionError:
+            found = "another that has not ended, or was killed within the last minute"
+            raise ModelBusy(f"no other run for model {model}", found, "wait for it, or cancel it") from None
+        yield
