@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,15 @@ from components.errors import StorageError, StorageUnavailable
 
 # Local files are written in a folder of this name and moved, so that a reader sees a whole file or none.
 UNFINISHED = ".unfinished-"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One object or file, unread. Another content has another size (bytes) or mark."""
+
+    name: str
+    size: int
+    mark: str
 
 
 def is_s3(uri: str) -> bool:
@@ -76,32 +87,44 @@ def write(uri: str, content: bytes, *, if_absent: bool = False) -> bool:
 
 
 def exists(uri: str) -> bool:
+    return Path(uri).exists() if not is_s3(uri) else find(uri) is not None
+
+
+def find(uri: str) -> Entry | None:
+    """What is known of one object without reading it; None when it is not there."""
     if not is_s3(uri):
-        return Path(uri).exists()
+        return _entry(Path(uri), Path(uri).name)
     from botocore.exceptions import ClientError
 
     bucket, key = _parts(uri)
     with _errors(uri):
         try:
-            _client().head_object(Bucket=bucket, Key=key)
+            found = _client().head_object(Bucket=bucket, Key=key)
         except ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
-                return False
+                return None
             raise
-    return True
+    return Entry(key.rsplit("/", 1)[-1], found["ContentLength"], found["ETag"])
 
 
 def names(uri: str) -> list[str]:
     """Sorted names of the objects (or files) directly or deeper below a prefix, relative to it."""
+    return [entry.name for entry in listing(uri)]
+
+
+def listing(uri: str) -> list[Entry]:
+    """The objects (or files) directly or deeper below a prefix, sorted by name, which is relative to it."""
     if not is_s3(uri):
         root = Path(uri)
-        found = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-        return sorted(name for name in found if UNFINISHED not in name)
+        found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
+        return [entry for name in found if UNFINISHED not in name and (entry := _entry(root / name, name))]
     bucket, prefix = _parts(uri)
-    prefix = prefix.rstrip("/") + "/"
+    prefix = f"{prefix.rstrip('/')}/" if prefix else ""
     with _errors(uri):
         pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return sorted(item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", []))
+        objects = [item for page in pages for item in page.get("Contents", [])]
+    entries = (Entry(item["Key"].removeprefix(prefix), item["Size"], item["ETag"]) for item in objects)
+    return sorted(entries, key=lambda entry: entry.name)
 
 
 def download(uri: str, target: Path) -> Path:
@@ -137,13 +160,39 @@ def upload_folder(folder: Path, uri: str, last: str) -> None:
     """Copy a folder to a URI, the file named `last` at the end: its presence then means that all is there."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in sorted(files, key=lambda path: (path.name == last, path)):
-        target = join(uri, path.relative_to(folder).as_posix())
-        if is_s3(uri):
-            bucket, key = _parts(target)
-            with _errors(target):
-                _client().upload_file(str(path), bucket, key)
-        else:
-            write(target, path.read_bytes())
+        upload(path, join(uri, path.relative_to(folder).as_posix()))
+
+
+def upload(path: Path, uri: str) -> None:
+    """Copy one local file: readers see it whole or not at all."""
+    if not is_s3(uri):
+        write(uri, path.read_bytes())
+        return
+    bucket, key = _parts(uri)
+    with _errors(uri), path.open("rb") as file:
+        _client().upload_fileobj(file, bucket, key)
+
+
+def remove(uri: str) -> None:
+    """Remove one object or file, if it is there."""
+    if not is_s3(uri):
+        try:
+            Path(uri).unlink(missing_ok=True)
+        except OSError as error:
+            raise _unwritable(uri, error) from error
+        return
+    bucket, key = _parts(uri)
+    with _errors(uri):
+        _client().delete_object(Bucket=bucket, Key=key)
+
+
+def _entry(path: Path, name: str) -> Entry | None:
+    """None when there is no such file, or no longer."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return Entry(name, about.st_size, str(about.st_mtime_ns)) if stat.S_ISREG(about.st_mode) else None
 
 
 def _put(uri: str, content: bytes, if_absent: bool) -> bool:
@@ -171,8 +220,8 @@ def _connect(endpoint: str | None, key_id: str | None) -> Any:
     import boto3
     from botocore.config import Config
 
-    # A server that is away is reported within half a minute instead of the default minutes.
-    patience = Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 3, "mode": "standard"})
+    # Three tries: a server that cannot be reached is reported within ten seconds instead of the default minutes.
+    patience = Config(connect_timeout=3, read_timeout=30, retries={"total_max_attempts": 3, "mode": "standard"})
     return boto3.Session().client("s3", config=patience)
 
 
@@ -207,6 +256,10 @@ def _errors(uri: str) -> Iterator[None]:
         ) from error
     except ClientError as error:
         code = str(error.response["Error"]["Code"])
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] >= 500:
+            raise StorageUnavailable(
+                f"an S3 server that serves {uri}", f"S3 said {code}", "look at its log and its disk"
+            ) from error
         raise _refused(uri, bucket, code) from error
     except (BotoCoreError, Boto3Error) as error:
         raise StorageUnavailable(

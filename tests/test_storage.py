@@ -78,6 +78,20 @@ def test_uploaded_folder_is_whole(tmp_path: Path) -> None:
     assert {name: storage.read(str(tmp_path / "to" / name)) for name in storage.names(str(tmp_path / "to"))} == contents
 
 
+def test_an_uploaded_file_is_a_copy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    storage.upload(tmp_path / "file", str(tmp_path / "deep" / "copy"))
+    assert storage.read(str(tmp_path / "deep" / "copy")) == storage.read(str(tmp_path / "file"))
+
+
+def test_what_is_removed_is_gone_and_may_be_removed_again(tmp_path: Path) -> None:
+    uri = str(tmp_path / "file")
+    storage.write(uri, b"")
+    storage.remove(uri)
+    storage.remove(uri)
+    assert not storage.exists(uri)
+
+
 def test_last_file_is_not_there_when_an_upload_breaks_off(tmp_path: Path) -> None:
     """Although its name sorts first."""
     for name in ("a.json", "b.bin", "c.bin"):
@@ -104,6 +118,7 @@ FAILURES = {
     "write below a file": lambda root: storage.write(f"{root}/file/name", b""),
     "write below a file if absent": lambda root: storage.write(f"{root}/file/name", b"", if_absent=True),
     "write over a folder if absent": lambda root: storage.write(root, b"", if_absent=True),
+    "remove a folder": lambda root: storage.remove(root),
     "require a file": lambda root: storage.require(f"{root}/file"),
     "require below a file": lambda root: storage.require(f"{root}/file/store"),
     "no bucket": lambda root: storage.read("s3:///key"),

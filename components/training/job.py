@@ -1,30 +1,40 @@
 """One training, from a job spec to a bundle: the same entry point in a subprocess, a container or a pod.
 
     python -m components.training.job SPEC OUT [--progress json] [--debug]
+    accelerate launch --multi_gpu --num_processes 2 -m components.training.job SPEC OUT
+    torchrun --nproc-per-node 2 -m components.training.job SPEC OUT
 
 SPEC is a JSON file or s3:// object, OUT a folder or s3:// prefix. Run again with the same spec it resumes, or finds
-the finished bundle and returns at once. Exit code 0, or 1 with one line on standard error.
+the finished bundle and returns at once. Exit code 0, or 1 with one line on standard error. Several processes train the
+same bundle together, and the first one writes it.
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components import cache, storage
-from components.errors import AdapterlineError, ConfigError, TrainingError
+from components.errors import AdapterlineError, ConfigError
 from components.registry import bundle
-from components.training import progress
+from components.training import distributed, memory, progress
+from components.training.distributed import ALONE, Group
 from components.training.spec import JobSpec, code_version, parse
 
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
     from torch import nn
+
+    from components.base_model import BaseModel
+    from components.training.mirror import Mirror
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,78 +44,114 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--progress", choices=("bar", "json"), default="bar")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
-    bar = progress.Bar() if options.progress == "bar" else None
+    group, bar = distributed.ALONE, None
     try:
+        group = distributed.from_environment()
         spec = parse(storage.read(options.spec))
-        manifest = run(spec, options.out, bar or progress.json_lines)
+        bar = progress.Bar() if options.progress == "bar" and group.is_main else None
+        with group.joined(spec.limits.device, spec.digest):
+            manifest = run(spec, options.out, bar or progress.json_lines, group)
     except AdapterlineError as error:
         if options.debug:
             raise
-        print(error, file=sys.stderr)
+        group.say(error, str(error))
         return error.exit_code
     except Exception as error:  # of a library: its message might quote a row, its name does not
         if options.debug:
             raise
-        print(f"unexpected {type(error).__name__}; run the job again with --debug to see where", file=sys.stderr)
+        group.say(error, f"unexpected {type(error).__name__}; run the job again with --debug to see where")
         return 1
     finally:
         if bar:
             bar.close()
-    print(f"{options.out}: {manifest.bytes / 1e6:.2f} MB, {manifest.trained_share:.2%} trained", file=sys.stderr)
+    if group.is_main:
+        print(f"{options.out}: {manifest.bytes / 1e6:.2f} MB, {manifest.trained_share:.2%} trained", file=sys.stderr)
     return 0
 
 
-def run(spec: JobSpec, out: str, report: progress.Progress) -> bundle.Manifest:
+def run(spec: JobSpec, out: str, report: progress.Progress, group: Group = ALONE) -> bundle.Manifest:
     """Train `spec` and leave its bundle at `out`; returns at once when it is there."""
-    if not storage.is_s3(out):
-        return _train(spec, Path(out), report)
-    if storage.exists(storage.join(out, bundle.MANIFEST)):
-        with tempfile.TemporaryDirectory() as folder:
-            return _existing(spec, storage.download_folder(out, Path(folder)))
-    scratch = cache.folder() / "jobs" / spec.digest
-    manifest = _train(spec, scratch, report)
-    storage.upload_folder(scratch, out, last=bundle.MANIFEST)
-    return manifest
+    folder = cache.folder() / "jobs" / spec.digest if storage.is_s3(out) else Path(out)
+    with memory.watched(spec.training, spec.limits.device), _alone_in(folder, group):
+        if manifest := group.from_main(lambda: _found(spec, out)):
+            return manifest
+        device = distributed.find_device(spec.limits.device, group)  # before anything is fetched or imported
+        if not storage.is_s3(out):
+            return _learn(spec, folder, report, group, device)
+        from components.training.mirror import Mirror
+
+        mirror = Mirror(spec.digest, folder, out) if group.is_main else None
+        manifest = group.from_main(lambda: _found(spec, str(folder)))  # of a try that could not deliver it
+        manifest = manifest or _learn(spec, folder, report, group, device, mirror)
+        if mirror:
+            mirror.deliver()
+            shutil.rmtree(folder)
+        return manifest
 
 
-def _existing(spec: JobSpec, folder: Path) -> bundle.Manifest:
-    manifest = bundle.read_manifest(folder)
+def _found(spec: JobSpec, out: str) -> bundle.Manifest | None:
+    """The manifest of the bundle at `out`, None when there is none. Raises ConfigError when it is another job's."""
+    if not storage.exists(storage.join(out, bundle.MANIFEST)):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = bundle.read_manifest(storage.download_folder(out, Path(folder)))
     if manifest.job_digest != spec.digest:
         raise ConfigError(
-            f"the bundle of job {spec.digest[:12]} at {folder}",
+            f"the bundle of job {spec.digest[:12]} at {out}",
             f"that of {manifest.job_digest[:12]}",
             "name another folder",
         )
     return manifest
 
 
-def _train(spec: JobSpec, out: Path, report: progress.Progress) -> bundle.Manifest:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_name(f"{out.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second job with this spec waits, and then finds the bundle
-        return _existing(spec, out) if bundle.is_complete(out) else _learn(spec, out, report)
+@contextmanager
+def _alone_in(folder: Path, group: Group) -> Iterator[None]:
+    """A second job with this spec on this machine waits, and then finds the bundle."""
+    if not group.is_main:
+        yield
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
-def _learn(spec: JobSpec, out: Path, report: progress.Progress) -> bundle.Manifest:
+def _learn(
+    spec: JobSpec,
+    out: Path,
+    report: progress.Progress,
+    group: Group,
+    device: torch.device,
+    mirror: Mirror | None = None,
+) -> bundle.Manifest:
     if spec.code != code_version():
         raise ConfigError(
             f"code version {spec.code[:12]}", code_version()[:12], "run the job with the code that wrote its spec"
         )
-    out.mkdir(parents=True, exist_ok=True)
-
     import torch
 
     from components import base_model
     from components.training import checkpoint, loop
 
+    if group.is_main:
+        out.mkdir(parents=True, exist_ok=True)
+    if mirror:
+        mirror.fetch()
     torch.set_num_threads(spec.limits.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    device = _device(spec.limits.device)
-    parts, tokens, padding = _data(spec)
+    with group.first_here():
+        base = base_model.find_pinned(spec.base)
+    parts, tokens, padding = _data(spec, base)
     torch.manual_seed(spec.seed)  # before head and adapter are drawn
-    base = base_model.find_pinned(spec.base)
     model, frozen = _model(spec, base, device)
-    learner = loop.learner(model, spec.schedule, spec.training, len(parts["train"]), device)
+    learner = loop.learner(model, spec.schedule, spec.training, len(parts["train"]), device, group)
+
+    def keep(state: loop.State, best: bool) -> None:
+        if group.is_main:
+            checkpoint.save(out, spec.digest, learner, state, best)
+        if mirror:
+            mirror.copy(state.best_epoch)
+
     state = loop.fit(
         learner,
         tokens["train"],
@@ -115,45 +161,36 @@ def _learn(spec: JobSpec, out: Path, report: progress.Progress) -> bundle.Manife
         spec.seed,
         padding,
         checkpoint.resume(out, spec.digest, learner),
-        _logging(report),
-        lambda state, best: checkpoint.save(out, spec.digest, learner, state, best),
+        _logging(report) if group.is_main else progress.nowhere,
+        keep,
     )
-    checkpoint.load_best(out, learner)
-    predictions = bundle.Predictions(
-        list(parts["test"]["row"]), tokens["test"].labels, loop.predict(model, tokens["test"], padding, device)
-    )
+    checkpoint.load_best(out, learner, state.best_epoch)
+    probabilities = loop.predict(model, tokens["test"], padding, device, group)
+    predictions = bundle.Predictions(list(parts["test"]["row"]), tokens["test"].labels, probabilities)
     trained = sum(parameter.numel() for parameter in learner.trained.values())
-    _write(out, spec, model, predictions, _metrics(spec, state, tokens, predictions, trained, device))
-    checkpoint.clear(out)
-    return bundle.write_manifest(
-        out,
-        method=spec.method,
-        job_digest=spec.digest,
-        data_uri=spec.data.uri,
-        data_digest=spec.data.digest,
-        code=spec.code,
-        seed=spec.seed,
-        base=spec.base,
-        labels=spec.labels,
-        max_tokens=spec.training.max_tokens,
-        trained_parameters=trained,
-        total_parameters=frozen + trained,
-    )
 
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise TrainingError(
-            "a CUDA device", "none that torch can use", "set compute.device: cpu, or run where a GPU is"
+    def finish() -> bundle.Manifest:
+        _write(out, spec, model, predictions, _metrics(spec, state, tokens, predictions, trained, device))
+        checkpoint.clear(out)
+        return bundle.write_manifest(
+            out,
+            method=spec.method,
+            job_digest=spec.digest,
+            data_uri=spec.data.uri,
+            data_digest=spec.data.digest,
+            code=spec.code,
+            seed=spec.seed,
+            base=spec.base,
+            labels=spec.labels,
+            max_tokens=spec.training.max_tokens,
+            trained_parameters=trained,
+            total_parameters=frozen + trained,
         )
-    return torch.device(name)
+
+    return group.from_main(finish)
 
 
-def _data(spec: JobSpec) -> tuple[dict[str, Dataset], dict[str, Any], int]:
+def _data(spec: JobSpec, base: BaseModel) -> tuple[dict[str, Dataset], dict[str, Any], int]:
     """The parts of the split, their tokens, and the id of the padding token."""
     from components import base_model
     from components.data import ledger
@@ -163,12 +200,12 @@ def _data(spec: JobSpec) -> tuple[dict[str, Dataset], dict[str, Any], int]:
         parts, labels = ledger.load_parts(spec.data.uri, spec.data.digest, Path(folder))
     if labels != spec.labels:
         raise ConfigError(f"labels {', '.join(spec.labels)}", ", ".join(labels), "split the data again")
-    tokenizer = base_model.load_tokenizer(base_model.find_pinned(spec.base))
+    tokenizer = base_model.load_tokenizer(base)
     tokens = {name: tokenise(table, tokenizer, spec.training.max_tokens) for name, table in parts.items()}
     return parts, tokens, int(tokenizer.pad_token_id or 0)
 
 
-def _model(spec: JobSpec, base: Any, device: torch.device) -> tuple[nn.Module, int]:
+def _model(spec: JobSpec, base: BaseModel, device: torch.device) -> tuple[nn.Module, int]:
     """The model to train, and how many parameters stay frozen beside the trained ones."""
     from peft import get_peft_model
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from components.config import Schedule, TrainingConfig
 from components.errors import TrainingError
 from components.evaluation import metrics
 from components.training.batching import Tokens, collate, scoring_batches, training_batches
+from components.training.distributed import ALONE, Group
 from components.training.progress import Meter, Progress
 
 SCORING_BATCH = 64
@@ -39,19 +41,27 @@ class State:
 
 @dataclass(frozen=True)
 class Learner:
-    """A model with all that changes while it learns."""
+    """A model with all that changes while it learns, and the processes that learn together."""
 
     model: Any  # a transformers model, with or without adapters; torch types its attributes too widely
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     device: torch.device
+    group: Group = ALONE
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
 
-def learner(model: nn.Module, schedule: Schedule, training: TrainingConfig, rows: int, device: torch.device) -> Learner:
+def learner(
+    model: nn.Module,
+    schedule: Schedule,
+    training: TrainingConfig,
+    rows: int,
+    device: torch.device,
+    group: Group = ALONE,
+) -> Learner:
     """AdamW with a learning rate for each group, warmed up and then falling linearly to zero."""
     rates = schedule.learning_rates
     groups: list[dict[str, Any]] = []
@@ -68,7 +78,7 @@ def learner(model: nn.Module, schedule: Schedule, training: TrainingConfig, rows
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
     )
-    return Learner(model, optimizer, scheduler, device)
+    return Learner(model, optimizer, scheduler, device, group)
 
 
 def fit(
@@ -90,7 +100,7 @@ def fit(
 
     Raises TrainingError when the loss is no longer a number.
     """
-    model, device = learner.model, learner.device
+    model, device, group = learner.model, learner.device, learner.group
     weights = _class_weights(train.labels, training.class_weights, model.config.num_labels, device)
     precision = autocast(device, training.precision)
     per_epoch = math.ceil(len(train.ids) / training.batch_size)
@@ -99,21 +109,24 @@ def fit(
     while state.epoch < schedule.epochs and state.epoch - state.best_epoch < schedule.patience:
         state.epoch += 1
         begin = time.perf_counter()
-        torch.manual_seed(seed * 100_003 + state.epoch)  # so that a resumed epoch draws what it would have drawn
+        torch.manual_seed(group.seed(seed, state.epoch))  # so that a resumed epoch draws what it would have drawn
         _training_mode(model)
         losses = []
         for rows in training_batches(train.lengths, training.batch_size, seed, state.epoch):
-            inputs = collate(train, rows, padding, device)
-            target = torch.from_numpy(train.labels[rows]).to(device)
+            mine, labels = group.share(rows, train.labels)
+            inputs = collate(train, mine, padding, device)
+            target = torch.from_numpy(labels).to(device)
             with precision():
                 logits = model(**inputs).logits
-            loss = nn.functional.cross_entropy(logits.float(), target, weight=weights)
+            loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum")
+            loss /= len(rows) if weights is None else weights[train.labels[rows]].sum()  # of the whole batch
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            loss = group.combine(loss.detach(), learner.trained.values())
             nn.utils.clip_grad_norm_(learner.trained.values(), training.clip_norm)
             learner.optimizer.step()
             learner.scheduler.step()
             learner.optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
+            losses.append(float(loss))
             if not math.isfinite(losses[-1]):
                 raise TrainingError(
                     "a finite loss",
@@ -125,7 +138,8 @@ def fit(
             state.tokens += tokens
             meter.step(state.step, state.epoch, losses[-1], tokens)
         state.seconds += time.perf_counter() - begin
-        measured = metrics.measure(validation.labels, predict(model, validation, padding, device))
+        probabilities = predict(model, validation, padding, device, group)
+        measured = group.from_main(partial(metrics.measure, validation.labels, probabilities))  # one decides for all
         score = -measured["log_loss"] if training.metric == "log_loss" else measured[training.metric]
         best = score > state.best_score
         if best:
@@ -137,18 +151,20 @@ def fit(
     return state
 
 
-def predict(model: Any, tokens: Tokens, padding: int, device: torch.device) -> npt.NDArray[np.float32]:
-    """Class probabilities, (rows, classes), in the order of `tokens`.
+def predict(
+    model: Any, tokens: Tokens, padding: int, device: torch.device, group: Group = ALONE
+) -> npt.NDArray[np.float32]:
+    """Class probabilities, (rows, classes), in the order of `tokens`; the processes take turns with the batches.
 
     Always in float32 and without dropout, so that they do not depend on which rows share a batch.
     """
     model.eval()
     result = np.zeros((len(tokens.ids), model.config.num_labels), dtype=np.float32)
     with torch.inference_mode():
-        for rows in scoring_batches(tokens.lengths, SCORING_BATCH):
+        for rows in group.turns(scoring_batches(tokens.lengths, SCORING_BATCH)):
             logits = model(**collate(tokens, rows, padding, device)).logits
             result[rows] = torch.softmax(logits.float(), dim=-1).cpu().numpy()
-    return result
+    return group.total(result)
 
 
 def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -36,6 +36,10 @@ def json_lines(event: Event) -> None:
     sys.stdout.flush()
 
 
+def nowhere(event: Event) -> None:
+    """For the processes of a job that have nothing to tell."""
+
+
 def parse(line: str) -> Event | None:
     """The event of a line, None for any other line."""
     try:

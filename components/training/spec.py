@@ -24,6 +24,7 @@ class Limits(Frozen):
     """What the job may use. The numbers of threads and processes change nothing but how sums are rounded.
 
     processes: data-parallel, each with its share of every batch; batch size and number of steps stay what they are.
+    Where there is dropout, other masks of the same kind are drawn.
     """
 
     threads: int

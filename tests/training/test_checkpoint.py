@@ -104,7 +104,27 @@ def test_without_a_checkpoint_training_begins_anew(tiny_base: Path, tmp_path: Pa
 
 def test_the_best_weights_are_those_of_the_best_epoch_not_of_the_last(tiny_base: Path, tmp_path: Path) -> None:
     best, last, reader = (learner_of(tiny_base, seed) for seed in (1, 2, 3))
-    checkpoint.save(tmp_path, "a job", best, State(epoch=1), best=True)
-    checkpoint.save(tmp_path, "a job", last, State(epoch=2), best=False)
-    checkpoint.load_best(tmp_path, reader)
+    checkpoint.save(tmp_path, "a job", best, State(epoch=1, best_epoch=1), best=True)
+    checkpoint.save(tmp_path, "a job", last, State(epoch=2, best_epoch=1), best=False)
+    checkpoint.load_best(tmp_path, reader, 1)
     assert torch.equal(logits(reader.model), logits(best.model))
+
+
+def test_best_weights_that_were_surpassed_are_not_kept(tiny_base: Path, tmp_path: Path) -> None:
+    for epoch in (1, 2):
+        checkpoint.save(tmp_path, "a job", learner_of(tiny_base, epoch), State(epoch=epoch, best_epoch=epoch), True)
+    names = {path.name for path in (tmp_path / checkpoint.FOLDER).iterdir()}
+    assert names == {checkpoint.LAST, checkpoint.best_name(2)}
+
+
+def test_a_checkpoint_cut_short_between_its_files_leaves_the_one_before_it(tiny_base: Path, tmp_path: Path) -> None:
+    first, second, reader = (learner_of(tiny_base, seed) for seed in (1, 2, 3))
+    checkpoint.save(tmp_path, "a job", first, State(epoch=1, best_epoch=1), best=True)
+    last = (tmp_path / checkpoint.FOLDER / checkpoint.LAST).read_bytes()
+    first_best = (tmp_path / checkpoint.FOLDER / checkpoint.best_name(1)).read_bytes()
+    checkpoint.save(tmp_path, "a job", second, State(epoch=2, best_epoch=2), best=True)
+    (tmp_path / checkpoint.FOLDER / checkpoint.LAST).write_bytes(last)  # not yet replaced, nothing yet removed
+    (tmp_path / checkpoint.FOLDER / checkpoint.best_name(1)).write_bytes(first_best)
+    state = checkpoint.resume(tmp_path, "a job", reader)
+    checkpoint.load_best(tmp_path, reader, state.best_epoch)
+    assert torch.equal(logits(reader.model), logits(first.model))
