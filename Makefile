@@ -10,7 +10,7 @@ FOLDERS = $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find
 WHEELS = $(firstword $(foreach folder,$(FOLDERS),$(if $(wildcard $(folder)/torch-2.13*),$(folder))))
 TORCH_SOURCE = $(if $(WHEELS),--find-links "$(WHEELS)",--torch-backend=$(or $(UV_TORCH_BACKEND),auto))
 
-.PHONY: help install demo test lint mlflow clean
+.PHONY: help install demo up down status test lint mlflow image lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,15 @@ install: .venv/installed  ## make the virtual environment
 demo: install  ## adapt a real model to real data, compare it with full fine-tuning, register it
 	@$(BIN)/python -m flows.retrain --preset tweets
 
+up: install  ## start S3, MLflow, Prefect and its workers, and keep them up
+	@$(BIN)/python -m infra.local up
+
+down: install  ## end them; data stay
+	@$(BIN)/python -m infra.local down
+
+status: install  ## what of it is up
+	@$(BIN)/python -m infra.local status
+
 test: install  ## all tests
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
@@ -39,5 +48,19 @@ lint: install  ## style and types
 mlflow: install  ## review runs in the MLflow UI
 	@$(BIN)/python -m infra.local mlflow
 
+image:  ## build the images; TORCH=cuda for GPUs, BASE_IMAGE=… for another Python
+	@WHEELS="$(WHEELS)" TORCH="$(or $(TORCH),cpu)" IMAGE="$(IMAGE)" BASE_IMAGE="$(BASE_IMAGE)" infra/image.sh $(TARGETS)
+
+# The lock of the CUDA build decides the versions of the others, which differ from it in torch or have none.
+LOCK = $(BIN)/uv pip compile --quiet --generate-hashes --only-binary :all: --python-version 3.11 \
+  --python-platform x86_64-manylinux_2_28 --custom-compile-command "make lock" $(UPGRADE)
+
+lock: install  ## pin what the images install; UPGRADE=--upgrade takes newer releases
+	@$(LOCK) pyproject.toml -o infra/lock/cuda.txt
+	@$(LOCK) pyproject.toml $(if $(WHEELS),--find-links "$(WHEELS)",--torch-backend=cpu) -c infra/lock/cuda.txt -o infra/lock/cpu.txt
+	@$(LOCK) infra/lock/server.in -c infra/lock/cuda.txt -o infra/lock/server.txt
+	@$(LOCK) infra/lock/uv.in -o infra/lock/uv.txt
+
 clean:  ## remove the environment and everything that was trained here
+	@if [ -e out/stack/stack.json ]; then $(BIN)/python -m infra.local down; fi
 	rm -rf .venv out build *.egg-info

@@ -1,7 +1,11 @@
 """What happens, in which order: one file a flow."""
 
+import logging
 import os
 from pathlib import Path
+
+from infra import environment
+from infra.folder import FOLDER
 
 # Before Prefect is imported: nothing is sent home, a slow machine may take its time to start the server, our own log
 # lines reach the run's page, and a user without a Prefect profile keeps everything below `out/`.
@@ -10,6 +14,8 @@ os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "adapterline")
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+environment.adopt(os.environ)  # the stack of `make up`, if it is up
 if "PREFECT_API_URL" not in os.environ and not (Path.home() / ".prefect" / "profiles.toml").exists():
-    home = Path(os.environ.setdefault("PREFECT_HOME", str(Path("out/stack/prefect").resolve())))
+    home = Path(os.environ.setdefault("PREFECT_HOME", str((FOLDER / "prefect").resolve())))
     home.mkdir(parents=True, exist_ok=True)
+logging.getLogger("adapterline").setLevel(logging.INFO)

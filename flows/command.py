@@ -37,8 +37,8 @@ def main(flow: Callable[[RetrainConfig], str], arguments: list[str] | None = Non
         settings = config.load(
             config.preset(options.preset) if options.preset else options.config, _overrides(options.set)
         )
-        with _servers(), _terminal():
-            _closing(settings, flow(settings))
+        with _servers() as stack, _terminal():
+            _closing(settings, flow(settings), stack)
     except (AdapterlineError, local.StackError) as error:
         if options.debug:
             raise
@@ -67,13 +67,13 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _servers() -> Iterator[None]:
-    """The local stack, unless the environment names an MLflow of one's own."""
+def _servers() -> Iterator[local.Stack | None]:
+    """The local stack; None when the environment names an MLflow of one's own."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
-        yield
+        yield None
         return
     with local.stack() as stack, local.exported(stack.environment):
-        yield
+        yield stack
 
 
 @contextlib.contextmanager
@@ -89,7 +89,6 @@ def _terminal() -> Iterator[None]:
 def _listen(debug: bool) -> None:
     """Our own lines on standard output; of the libraries nothing: every error of theirs becomes a line of ours."""
     log = logging.getLogger("adapterline")
-    log.setLevel(logging.INFO)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
@@ -106,12 +105,12 @@ def _listen(debug: bool) -> None:
         each.setLevel(logging.CRITICAL)
 
 
-def _closing(settings: RetrainConfig, version: str) -> None:
+def _closing(settings: RetrainConfig, version: str, stack: local.Stack | None) -> None:
     """Predictions on the preset's own sentences, by the very command that a user would type, and where to look.
 
     Raises RegistryError when the version does not answer.
     """
-    ours = not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
+    ours = stack is not None or not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
     python = os.path.relpath(sys.executable)
     if settings.report.examples:
         command = [sys.executable, "-m", "components.serving.score", version, "--text", *settings.report.examples]
@@ -123,6 +122,7 @@ def _closing(settings: RetrainConfig, version: str) -> None:
             print(f"  {line}    {text}".rstrip())
     print("\nlook further:")
     if ours:
-        print(f"  {python} -m infra.local mlflow     # runs, gate table and versions at http://127.0.0.1:5000")
+        port = stack.mlflow if stack is not None and stack.mlflow else 5000
+        print(f"  {python} -m infra.local mlflow     # runs, gate table and versions at http://127.0.0.1:{port}")
     run = f"{python} -m infra.local run -- " if ours else ""
     print(f"  {run}{python} -m components.serving.score {version} --text 'your sentence'")

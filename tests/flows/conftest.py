@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from components.config import RetrainConfig, parse
 from infra import local
+from tests import prefect_server
 from tests.conftest import toy_rows, write_csv
 
 Settings = Callable[..., RetrainConfig]
@@ -25,34 +23,12 @@ Settings = Callable[..., RetrainConfig]
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a running stack and Prefect server, also set in this process."""
     folder = tmp_path_factory.mktemp("servers")
-    (port,) = local.free_ports(1)
-    environment = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
     with (
         local.stack(folder / "stack") as stack,
-        local.exported({**stack.environment, **environment}),
-        temporary_settings(updates={PREFECT_API_URL: environment["PREFECT_API_URL"]}),
+        local.exported(stack.environment),
+        prefect_server.running(folder) as environment,
     ):
-        with (folder / "prefect.log").open("w") as log:
-            command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-            server = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            _wait(f"http://127.0.0.1:{port}/api/health", server)
-            yield {**stack.environment, **environment}
-        finally:
-            server.terminate()
-            server.wait(30)
-
-
-def _wait(url: str, server: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert server.poll() is None, "the Prefect server ended"
-        try:
-            with urllib.request.urlopen(url, timeout=2):  # noqa: S310  # our own URL
-                return
-        except OSError:
-            time.sleep(0.3)
-    raise AssertionError("the Prefect server did not answer")
+        yield {**stack.environment, **environment}
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import pytest
 
 from components import storage
 from components.errors import StorageError, StorageUnavailable
-from infra import local
+from infra import local, store
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("stack")]
 
@@ -38,7 +38,7 @@ def test_objects_survive_a_restart(tmp_path: Path) -> None:
 def test_objects_survive_kill_9_of_the_store(tmp_path: Path) -> None:
     with local.stack(tmp_path) as stack, local.exported(stack.environment):
         storage.write(OBJECT, b"kept")
-        os.kill(int(local._state(tmp_path)["pid"]), signal.SIGKILL)  # type: ignore[index]
+        os.kill(int(store._state(tmp_path)["pid"]), signal.SIGKILL)  # type: ignore[index]
         with pytest.raises(StorageUnavailable, match="an S3 server that answers"):
             storage.read(OBJECT)
     with local.stack(tmp_path) as stack, local.exported(stack.environment):
@@ -70,7 +70,7 @@ def test_a_store_whose_owner_was_killed_is_taken_over(tmp_path: Path) -> None:
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     assert owner.stdout.readline() == "up\n"
-    port = local._state(tmp_path)["port"]  # type: ignore[index]
+    port = store._state(tmp_path)["port"]  # type: ignore[index]
     owner.kill()
     owner.wait()
     with local.stack(tmp_path) as stack:

@@ -1,0 +1,102 @@
+"""What the Prefect server has to know: pools and the limit of GPUs; and runs that nobody works on.
+
+    python -m infra.pools        with the environment of the stack; the standard input is a JSON object, see `Wanted`
+
+A process of its own, because importing Prefect takes seconds. Everything is made or updated; nothing is deleted, and
+what people set by hand (a pool's limit, its pause) stays.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+TEMPLATES = Path(__file__).parent / "work-pools"
+TYPES = {"local": "process", "docker": "docker", "k8s": "kubernetes"}
+GPU_LIMIT = "gpu"
+PAGE = 200
+
+
+class Wanted(TypedDict):
+    """Slots of the limit, one a GPU; flow runs that are being worked on; pools whose other runs are not."""
+
+    gpus: int
+    living: list[str]
+    settle: list[str]
+
+
+def templates() -> dict[str, str]:
+    """By pool the text of its base job template, for those that have one."""
+    files = {pool: TEMPLATES / f"{pool}.json" for pool in TYPES}
+    return {pool: file.read_text() for pool, file in files.items() if file.is_file()}
+
+
+def gpus() -> int:
+    """How many GPUs the driver lists; 0 without a driver."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=20)  # noqa: S607
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def configure(client: SyncPrefectClient, wanted: Wanted) -> None:
+    """Make or update everything."""
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectNotFound
+
+    for pool, text in templates().items():
+        template = json.loads(text)
+        try:
+            client.read_work_pool(pool)
+        except ObjectNotFound:
+            client.create_work_pool(WorkPoolCreate(name=pool, type=TYPES[pool], base_job_template=template))
+        else:
+            client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
+    client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, max(1, wanted["gpus"]))
+    settle(client, wanted)
+
+
+def settle(client: SyncPrefectClient, wanted: Wanted) -> None:
+    """Runs that were being worked on when the stack went down are crashed: else they would look alive for ever."""
+    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+    from prefect.client.schemas.objects import State, StateType
+    from prefect.states import Cancelled, Crashed
+
+    if not wanted["settle"]:
+        return
+    unfinished = [StateType.RUNNING.value, StateType.PENDING.value, StateType.CANCELLING.value]
+    page: list[object] | None = None
+    while page is None or len(page) == PAGE:
+        found = client.read_flow_runs(
+            flow_run_filter=FlowRunFilter.model_validate(
+                {"state": {"type": {"any_": unfinished}}, "id": {"not_any_": wanted["living"]}}
+            ),
+            work_pool_filter=WorkPoolFilter.model_validate({"name": {"any_": wanted["settle"]}}),
+            limit=PAGE,
+        )
+        for run in found:
+            cancelled = run.state is not None and run.state.is_cancelling()
+            crashed: State[None] = Crashed(
+                message="the stack went down while this ran: start it again, it resumes what it can"
+            )
+            client.set_flow_run_state(run.id, Cancelled() if cancelled else crashed, force=True)
+        page = list(found)
+
+
+def main() -> int:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        configure(client, json.load(sys.stdin))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
