@@ -7,9 +7,20 @@ from pathlib import Path
 
 import platformdirs
 
+from components.errors import StorageError
+
 
 def folder() -> Path:
-    """`$ADAPTERLINE_CACHE`, or `adapterline` in the user's cache folder. Made when missing."""
+    """`$ADAPTERLINE_CACHE`, or `adapterline` in the user's cache folder. Made when missing.
+
+    Raises StorageError when nothing can be written there.
+    """
     path = Path(os.environ.get("ADAPTERLINE_CACHE") or platformdirs.user_cache_dir("adapterline"))
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise StorageError(f"a cache folder to write in at {path}", "none", "set ADAPTERLINE_CACHE to another")
     return path

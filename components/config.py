@@ -57,7 +57,9 @@ class Columns(Frozen):
 class DataConfig(Frozen):
     """Where labelled rows come from."""
 
-    source: str = Field(description="path or s3:// of CSV, TSV, JSON lines or Parquet; hub data set id; vader:DOMAIN")
+    source: str = Field(
+        description="CSV, TSV, JSON lines or Parquet on disk or s3://, a file or a folder of them; hub id; vader:DOMAIN"
+    )
     revision: str | None = Field(None, description="commit of a hub data set")
     part: str = Field("train", description="part of a hub data set that is read; it is split anew here")
     columns: Columns = Columns()

@@ -64,7 +64,7 @@ class Running:
             "gate": {"margin": 0.2, "champion_margin": 0.2, "slice_margin": 0.4, "max_trainable_share": 0.2},
             "compute": {
                 "deployment": "train/cpu",
-                "job_variables": {"volumes": [f"{self.base}:/base:ro"], "base": "/base", "memory": "2g", **job_variables},
+                "job_variables": {"volumes": [f"{self.base}:/base:ro"], "base": "/base", **job_variables},
                 "threads": 1,
                 "workspace": str(self.folder / "work"),
             },

@@ -1,0 +1,1 @@
+"""What infra/compose.yaml needs beside the images."""
