@@ -82,12 +82,18 @@ def find(config: BaseConfig) -> BaseModel:
             "save the tokenizer there with save_pretrained",
         )
     tokenizer = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-    pin = BasePin(
-        name=config.name,
-        revision=config.revision,
-        weights_sha256=digest.of_files([path / "config.json", *weights]),
-        tokenizer_sha256=digest.of_files(tokenizer),
-    )
+    try:
+        pin = BasePin(
+            name=config.name,
+            revision=config.revision,
+            weights_sha256=digest.of_files([path / "config.json", *weights]),
+            tokenizer_sha256=digest.of_files(tokenizer),
+        )
+    except PermissionError as error:
+        name = Path(str(error.filename)).name
+        raise BaseModelError(
+            f"files that may be read in base model folder {path.name}", f"{name} closed to this user", "chmod a+rX it"
+        ) from error
     if config.weights_sha256 and config.weights_sha256 != pin.weights_sha256:
         raise _another(config.name, "weights", config.weights_sha256, pin.weights_sha256)
     return BaseModel(pin, path)

@@ -68,13 +68,20 @@ class Listener:
 
     def __init__(self, out: str) -> None:
         self._uri = place(out)
-        self._last, self._heard = b"", time.monotonic()
+        self._last = self._read()  # what an earlier try left is no sign of life
+        self._heard = time.monotonic()
+
+    def _read(self) -> bytes | None:
+        """None when the store cannot be reached, which is no silence of the job."""
+        try:
+            return storage.read(self._uri) if storage.exists(self._uri) else b""
+        except StorageError:
+            return None
 
     def listen(self) -> Event | None:
-        """The newest event if there is news. A store that is away is no silence of the job."""
-        try:
-            found = storage.read(self._uri) if storage.exists(self._uri) else b""
-        except StorageError:
+        """The newest event if there is news."""
+        found = self._read()
+        if found is None:
             self._heard = time.monotonic()
             return None
         if found == self._last:

@@ -25,8 +25,11 @@ WORKERS = tuple(f"worker-{pool}" for pool in POOLS)
 # A worker asks for work this often, s. Prefect's 10 s would be most of a short run.
 POLL_S = 2
 
+# A checked password counts for a minute: each check takes 0.1 s of processor time, and a retrain makes some hundreds of
+# requests. A changed password bites that much later.
 AUTH = """\
 [mlflow]
+auth_cache_ttl_seconds = 60
 default_permission = READ
 database_uri = sqlite:///{database}
 admin_username = {user}

@@ -25,6 +25,7 @@ case $1 in
     umask 077
     cat >/tmp/auth.ini <<INI
 [mlflow]
+auth_cache_ttl_seconds = 60
 default_permission = READ
 database_uri = $(database postgresql+psycopg2 mlflow_auth)
 admin_username = $MLFLOW_TRACKING_USERNAME

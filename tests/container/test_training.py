@@ -29,7 +29,8 @@ pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.xdist_group("
 def stack(tmp_path_factory: pytest.TempPathFactory, engine: docker.DockerClient, image: str) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("containers")
     base = make_base(tmp_path_factory.mktemp("base"))
-    base.chmod(0o755)  # the container's user is another
+    for path in (base, *base.iterdir()):  # the container's user is another
+        path.chmod(path.stat().st_mode | 0o555)
     with running(folder, engine, base) as found:
         yield found
 
