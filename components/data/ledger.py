@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from components.data.split import PARTS, Split, split_digest, table_digest
 from components.errors import DataError, LedgerMoved
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 
@@ -50,6 +52,13 @@ def records(store: str, model: str) -> list[Record]:
     """
     folder = _folder(store, model)
     return [_record(storage.join(folder, name)) for name in storage.names(folder)]
+
+
+def newest(store: str, model: str) -> Record | None:
+    """The last accepted data set of a model, without reading the others."""
+    folder = _folder(store, model)
+    found = storage.names(folder)
+    return _record(storage.join(folder, found[-1])) if found else None
 
 
 def accept(store: str, model: str, split: Split, data_digest: str, split_config_digest: str, number: int) -> Record:
@@ -137,14 +146,26 @@ def load_frozen(store: str, record: Record, folder: Path) -> Dataset:
 
 def learned_rows(uri: str) -> set[str]:
     """Ids of the rows that a version trained on this split has learned from: its train and validation parts."""
+    return {row for table in _columns(uri, ("train", "validation"), ["row"]) for row in table["row"].to_pylist()}
+
+
+def known_rows(record: Record) -> set[tuple[str, str]]:
+    """Id and label of every row of an accepted data set."""
+    return {
+        (row, record.labels[code])
+        for table in _columns(record.split_uri, PARTS, ["row", "label"])
+        for row, code in zip(table["row"].to_pylist(), table["label"].to_pylist(), strict=True)
+    }
+
+
+def _columns(uri: str, parts: Iterable[str], names: list[str]) -> Iterator[pa.Table]:
+    """Some columns of parts of a saved split."""
     import pyarrow.parquet
 
-    found: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
-        for part in ("train", "validation"):
+        for part in parts:
             path = storage.download(storage.join(uri, f"{part}.parquet"), Path(folder) / f"{part}.parquet")
-            found.update(pyarrow.parquet.read_table(path, columns=["row"])["row"].to_pylist())
-    return found
+            yield pyarrow.parquet.read_table(path, columns=names)
 
 
 def _record(uri: str) -> Record:

@@ -46,10 +46,6 @@ def test_missing_relative_file_is_not_looked_for_on_the_hub(tmp_path: Path, monk
     assert "a file at data/rows.csv" in refused(Path("data/rows.csv")).expected
 
 
-def test_folder_instead_of_file(tmp_path: Path) -> None:
-    assert refused(tmp_path).found == "a folder"
-
-
 def test_unknown_ending(tmp_path: Path) -> None:
     assert refused(put(tmp_path, "rows.xlsx", GOOD)).found == "rows.xlsx"
 

@@ -1,8 +1,7 @@
-"""The command line and the deployment, as a user meets them."""
+"""The command line, as a user meets it."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,6 @@ from tests.flows.conftest import Settings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 servers = [pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands")]
-HOME = Path(__file__).parent.parent.parent
 
 
 def save(settings: config.RetrainConfig, path: Path) -> str:
@@ -31,13 +29,6 @@ def test_every_preset_is_valid_and_opens_with_its_command(name: str) -> None:
     path = config.preset(name)
     assert path.read_text().startswith(f"# python -m flows.retrain --preset {name}\n")
     config.load(path)
-
-
-def test_the_deployment_has_the_parameters_of_the_preset() -> None:
-    (deployment,) = yaml.safe_load((HOME / "prefect.yaml").read_text())["deployments"]
-    nightly = config.parse(deployment["parameters"]["config"], "prefect.yaml")
-    preset = config.load(config.preset("tweets"))
-    assert nightly.model_copy(update={"report": preset.report}) == preset
 
 
 @pytest.mark.parametrize(
@@ -121,45 +112,3 @@ class TestServing:
         )
         assert done.returncode == 1
         assert "with weights digest" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
-class TestDeployment:
-    pytestmark = servers
-
-    def test_the_nightly_deployment_runs_in_a_worker(
-        self, servers: dict[str, str], settings: Settings, tmp_path: Path
-    ) -> None:
-        environment = {**os.environ, **servers, "PREFECT_WORKER_QUERY_SECONDS": "1"}
-
-        def prefect(*arguments: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "prefect", "--no-prompt", *arguments]
-            return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=HOME)
-
-        assert prefect("work-pool", "create", "local", "--type", "process").returncode == 0
-        deployed = prefect("deploy", "--all")
-        assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-        shown = prefect("deployment", "inspect", "retrain/nightly").stdout
-        assert "0 2 * * *" in shown
-        log = (tmp_path / "worker.log").open("w")
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"],
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            good = settings("deployed").model_dump_json()
-            done = prefect(
-                "deployment", "run", "retrain/nightly", "-p", f"config={good}", "--watch", "--watch-interval", "1"
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            bad = settings("deployed", data__source="nothing.csv").model_dump_json()
-            refused = prefect(
-                "deployment", "run", "retrain/nightly", "-p", f"config={bad}", "--watch", "--watch-interval", "1"
-            )
-            assert refused.returncode == 1
-        finally:
-            worker.terminate()
-            worker.wait(60)
-            log.close()

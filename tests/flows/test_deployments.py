@@ -1,0 +1,330 @@
+"""`prefect deploy --all` and `prefect deployment run`, with a real worker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.states import Cancelling
+
+from components import config as configs
+from components.config import RetrainConfig
+from components.errors import ModelBusy
+from flows.retrain import retrain
+from flows.turns import alone
+from infra import pools
+from tests.conftest import make_base, toy_rows, write_csv
+from tests.flows.conftest import Settings
+
+pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands")]
+
+HOME = Path(__file__).parent.parent.parent
+PATIENCE_S = 300
+POOLS = {
+    "retrain/nightly": "local",
+    "retrain/on-new-data": "local",
+    "train/local": "local",
+    "train/cpu": "docker",
+    "train/gpu": "docker",
+    "train/k8s": "k8s",
+}
+
+Prefect = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def client(servers: dict[str, str]) -> Iterator[SyncPrefectClient]:
+    """Of a server with the pools that `make up` makes."""
+    with get_client(sync_client=True) as client:
+        for name, template in pools.templates().items():
+            pool = WorkPoolCreate.model_validate(
+                {"name": name, "type": pools.TYPES[name], "base_job_template": json.loads(template)}
+            )
+            client.create_work_pool(pool)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def environment(servers: dict[str, str]) -> dict[str, str]:
+    there = {**os.environ, **servers, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    there.pop("TRAIN_ON", None)
+    return there
+
+
+@pytest.fixture(scope="module")
+def deployed(client: SyncPrefectClient, environment: dict[str, str]) -> dict[str, DeploymentResponse]:
+    """All deployments by name, made in a terminal where nobody answers questions."""
+    assert deploy(environment) == 0
+    return {
+        f"{client.read_flow(each.flow_id).name}/{each.name}": each
+        for each in client.read_deployments()
+        if each.entrypoint
+    }
+
+
+def deploy(environment: dict[str, str]) -> int:
+    """`prefect deploy --all` with a terminal for input and output, to the end of its output."""
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "prefect", "deploy", "--all"]
+    process = subprocess.Popen(command, cwd=HOME, env=environment, stdin=end, stdout=end, stderr=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal says that the other side is gone
+        while block := os.read(terminal, 65_536):
+            shown += block
+            if b"[y/n]" in shown:
+                process.kill()
+    os.close(terminal)
+    assert b"[y/n]" not in shown, "it asks a question"
+    return process.wait(PATIENCE_S)
+
+
+@pytest.fixture(scope="module")
+def worker(
+    deployed: dict[str, DeploymentResponse], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """Works for the pool `local`."""
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "local"]
+    with (tmp_path_factory.mktemp("worker") / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd="/")
+    yield
+    process.terminate()
+    process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def run(worker: None, environment: dict[str, str]) -> Prefect:
+    """`prefect deployment run … --watch`."""
+
+    def start(deployment: str, *parameters: str) -> subprocess.CompletedProcess[str]:
+        options = [word for each in parameters for word in ("-p", each)]
+        command = ["deployment", "run", deployment, *options, "--watch", "--watch-interval", "1"]
+        return subprocess.run(
+            [sys.executable, "-m", "prefect", "--no-prompt", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            cwd=HOME,
+        )
+
+    return start
+
+
+def newest(client: SyncPrefectClient, deployment: DeploymentResponse) -> FlowRun:
+    """The run of a deployment that was made last, not counting those that its schedule has in store."""
+    found = [run for run in client.read_flow_runs() if run.deployment_id == deployment.id and not run.auto_scheduled]
+    return max(found, key=lambda run: str(run.created))
+
+
+def message(run: FlowRun) -> str:
+    assert run.state is not None
+    return str(run.state.message)
+
+
+def given(config: RetrainConfig) -> tuple[str, str]:
+    """As parameters, in place of the deployment's preset."""
+    return "preset=null", f"config={config.model_dump_json()}"
+
+
+class TestWhatIsDeployed:
+    def test_all_are_there_in_their_pools(self, deployed: dict[str, DeploymentResponse]) -> None:
+        assert {name: each.work_pool_name for name, each in deployed.items()} == POOLS
+
+    @pytest.mark.parametrize(
+        ("name", "schedule"),
+        [
+            ("retrain/nightly", CronSchedule(cron="0 2 * * *", timezone="UTC")),
+            ("retrain/on-new-data", timedelta(minutes=5)),
+        ],
+    )
+    def test_retrain_has_a_schedule(
+        self, deployed: dict[str, DeploymentResponse], name: str, schedule: CronSchedule | timedelta
+    ) -> None:
+        (found,) = deployed[name].schedules
+        assert found.active
+        if isinstance(found.schedule, IntervalSchedule):
+            assert found.schedule.interval == schedule
+        else:
+            assert found.schedule == schedule
+
+    @pytest.mark.parametrize("name", ["retrain/nightly", "retrain/on-new-data"])
+    def test_a_second_run_is_cancelled(self, deployed: dict[str, DeploymentResponse], name: str) -> None:
+        limit, options = deployed[name].global_concurrency_limit, deployed[name].concurrency_options
+        assert limit is not None
+        assert options is not None
+        assert (limit.limit, options.collision_strategy.value) == (1, "CANCEL_NEW")
+
+    def test_the_server_makes_the_runs_of_schedules(
+        self, client: SyncPrefectClient, deployed: dict[str, DeploymentResponse]
+    ) -> None:
+        nightly = deployed["retrain/nightly"].id
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            runs = [run for run in client.read_flow_runs() if run.deployment_id == nightly and run.auto_scheduled]
+            if runs:
+                break
+            time.sleep(1)
+        assert {(run.expected_start_time.hour, run.expected_start_time.minute) for run in runs} == {(2, 0)}  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize("name", ["retrain/nightly", "retrain/on-new-data"])
+    def test_parameters_are_valid_and_train_in_subprocesses(
+        self, deployed: dict[str, DeploymentResponse], name: str
+    ) -> None:
+        found = deployed[name].parameters
+        config = configs.parse(found["config"], "prefect.yaml") if "config" in found else None
+        assert configs.settle(config, found.get("preset"), found["overrides"]).compute.deployment is None
+
+    def test_containers_have_their_image_and_code(self, deployed: dict[str, DeploymentResponse]) -> None:
+        step = [{"prefect.deployments.steps.set_working_directory": {"directory": "/app"}}]
+        assert all(deployed[f"train/{name}"].pull_steps == step for name in ("cpu", "gpu", "k8s"))
+        assert deployed["train/cpu"].job_variables == {"image": "adapterline:cpu", "device_requests": []}
+        assert deployed["train/gpu"].job_variables == {"image": "adapterline:cuda"}
+        assert deployed["train/gpu"].parameters == {"turn": "gpu"}
+
+    def test_where_jobs_train_is_chosen_by_the_environment(
+        self, client: SyncPrefectClient, deployed: dict[str, DeploymentResponse], environment: dict[str, str]
+    ) -> None:
+        try:
+            assert deploy({**environment, "TRAIN_ON": "train/gpu"}) == 0
+            for name in ("retrain/nightly", "retrain/on-new-data"):
+                assert client.read_deployment_by_name(name).parameters["overrides"] == {
+                    "compute.deployment": "train/gpu"
+                }
+        finally:
+            deploy(environment)
+
+
+class TestRunning:
+    """From the command line; the exit code tells."""
+
+    def test_a_good_run_exits_0(self, run: Prefect, settings: Settings) -> None:
+        done = run("retrain/nightly", *given(settings("deployed")))
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def test_wrong_parameters_exit_1_with_our_line_on_the_run(
+        self, run: Prefect, client: SyncPrefectClient, deployed: dict[str, DeploymentResponse]
+    ) -> None:
+        assert run("retrain/nightly", "preset=nope").returncode == 1
+        line = message(newest(client, deployed["retrain/nightly"]))
+        assert "ConfigError: expected a preset among" in line
+        assert "found 'nope'" in line
+
+    def test_the_sensor_starts_a_run_of_the_deployment(
+        self,
+        run: Prefect,
+        client: SyncPrefectClient,
+        deployed: dict[str, DeploymentResponse],
+        settings: Settings,
+        tmp_path: Path,
+    ) -> None:
+        (tmp_path / "incoming").mkdir()
+        config = settings("sensed", data__source=str(tmp_path / "incoming"))
+        nothing = run("retrain/on-new-data", f"config={config.model_dump_json()}")
+        assert nothing.returncode == 0, nothing.stdout + nothing.stderr
+        assert "'Waiting'" in nothing.stdout
+        write_csv(tmp_path / "incoming" / "1.csv", toy_rows(600))
+        done = run("retrain/on-new-data", f"config={config.model_dump_json()}")
+        assert "'Started'" in done.stdout, done.stdout + done.stderr
+        started = newest(client, deployed["retrain/nightly"])
+        assert started.parameters["preset"] is None
+        ended = until_ended(client, started)
+        assert ended.state is not None
+        assert ended.state.is_completed(), message(ended)
+
+
+class TestAtOnce:
+    """While a run of model `endless` trains."""
+
+    @pytest.fixture(scope="class")
+    def endless(
+        self,
+        worker: None,
+        client: SyncPrefectClient,
+        deployed: dict[str, DeploymentResponse],
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> Iterator[dict[str, Any]]:
+        """The parameters of a nightly run that holds its model, and is cancelled in the end."""
+        folder = tmp_path_factory.mktemp("endless")
+        schedule = {
+            "epochs": 100_000,
+            "patience": 100_000,
+            "learning_rates": {"body": 1e-9, "layer_norm": 1e-9, "head": 1e-9},
+        }
+        config = {
+            "model": "endless",
+            "data": {"source": str(write_csv(folder / "rows.csv", toy_rows(400)))},
+            "base": {"name": str(make_base(folder / "base"))},
+            "adapter": {"bottleneck": {"reduction_factor": 2}, "schedule": schedule},
+            "baseline": {"schedule": schedule},
+            "training": {"max_tokens": 16},
+            "compute": {"workspace": str(folder / "work"), "job_memory_gb": 1},
+        }
+        run = client.create_flow_run_from_deployment(
+            deployed["retrain/nightly"].id, parameters={"preset": None, "config": config}
+        )
+        deadline = time.monotonic() + PATIENCE_S
+        while not held("endless"):
+            assert time.monotonic() < deadline, message(client.read_flow_run(run.id))
+            time.sleep(1)
+        yield config
+        client.set_flow_run_state(run.id, Cancelling())
+        ended = until_ended(client, run)
+        assert ended.state is not None
+        assert ended.state.is_cancelled()
+
+    def test_a_second_nightly_run_is_cancelled(
+        self,
+        endless: dict[str, Any],
+        run: Prefect,
+        client: SyncPrefectClient,
+        deployed: dict[str, DeploymentResponse],
+    ) -> None:
+        assert run("retrain/nightly").returncode == 1
+        second = newest(client, deployed["retrain/nightly"])
+        assert second.state is not None
+        assert second.state.is_cancelled()
+        assert "concurrency limit" in message(second)
+
+    def test_a_run_of_the_same_model_from_elsewhere_fails_in_words(self, endless: dict[str, Any]) -> None:
+        with pytest.raises(ModelBusy, match="expected no other run for model endless; found another"):
+            retrain(configs.parse(endless, "the test"))
+
+    def test_the_sensor_waits(self, endless: dict[str, Any], run: Prefect, tmp_path: Path) -> None:
+        source = str(write_csv(tmp_path / "rows.csv", toy_rows(400)))
+        other = {**endless, "model": "other", "data": {"source": source}}
+        done = run("retrain/on-new-data", f"config={configs.parse(other, 'the test').model_dump_json()}")
+        assert "'Waiting'" in done.stdout, done.stdout + done.stderr
+
+
+def held(model: str) -> bool:
+    """Is a run of this model under way?"""
+    try:
+        with alone(model):
+            return False
+    except ModelBusy:
+        return True
+
+
+def until_ended(client: SyncPrefectClient, run: FlowRun) -> FlowRun:
+    deadline = time.monotonic() + PATIENCE_S
+    while (run := client.read_flow_run(run.id)).state is None or not run.state.is_final():
+        assert time.monotonic() < deadline, f"still {run.state}"
+        time.sleep(0.5)
+    return run
