@@ -272,7 +272,11 @@ def settle(config: RetrainConfig | None, preset_name: str | None, overrides: Map
         return parse(config.model_dump(mode="json"), "the flow's parameters", overrides) if overrides else config
     if config is None and preset_name is not None:
         return load(preset(preset_name), overrides)
-    raise ConfigError("either config or preset", "both" if config else "neither", "pass one, e.g. -p preset=tweets")
+    raise ConfigError(
+        "either config or preset",
+        "both" if config else "neither",
+        "pass one, e.g. -p preset=tweets, or -p preset=null with a config",
+    )
 
 
 def parse(content: dict[str, Any], origin: str, overrides: Mapping[str, Any] | None = None) -> RetrainConfig:

@@ -16,6 +16,9 @@ from typing import Any
 from docker import DockerClient
 from docker.models.containers import Container
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from components import base_model
@@ -48,11 +51,12 @@ class Running:
             capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, **self.variables, **more},
         )  # fmt: skip
 
-    def config(self, model: str, rows_: int = 300, **job_variables: Any) -> RetrainConfig:
-        """A toy task on the tiny base, trained in containers without GPU."""
+    def config(self, model: str, seed: int | None = None, **job_variables: Any) -> RetrainConfig:
+        """A toy task on the tiny base, trained in containers without GPU. Each model has its own seed, so that no two
+        tests share a job."""
         path = self.folder / f"{model}.csv"
         if not path.exists():
-            write_csv(path, toy_rows(rows_))
+            write_csv(path, toy_rows(300))
         rates = {"body": 1e-2, "layer_norm": 1e-2, "head": 1e-2}
         content = {
             "model": model,
@@ -62,7 +66,7 @@ class Running:
             "adapter": {"bottleneck": {"reduction_factor": 2}, "schedule": {"epochs": 8, "learning_rates": rates}},
             "baseline": {"schedule": {"epochs": 4, "learning_rates": {**rates, "body": 3e-3}}},
             "training": {"max_tokens": 16},
-            "seed": zlib.crc32(model.encode()),  # no two tests share a job
+            "seed": zlib.crc32(model.encode()) if seed is None else seed,
             "gate": {"margin": 0.2, "champion_margin": 0.2, "slice_margin": 0.4, "max_trainable_share": 0.2},
             "compute": {
                 "deployment": "train/cpu",
@@ -101,6 +105,12 @@ class Running:
 
     def client(self) -> SyncPrefectClient:
         return get_client(sync_client=True)
+
+    def runs(self, job: JobSpec) -> list[FlowRun]:
+        """The runs of a job, newest first."""
+        which = FlowRunFilter.model_validate({"tags": {"all_": [elsewhere.tag(job)]}})
+        with self.client() as client:
+            return client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.EXPECTED_START_TIME_DESC)
 
 
 @contextmanager
