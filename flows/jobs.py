@@ -38,13 +38,19 @@ def at_once(compute: ComputeConfig) -> int:
 
 def limits(compute: ComputeConfig, jobs: int) -> Limits:
     """The cores shared among the jobs that run at once; 0 threads are for a place elsewhere to decide."""
-    here = 0 if compute.deployment else max(1, cores() // (jobs * compute.processes))
+    here = 0 if compute.deployment else max(1, len(os.sched_getaffinity(0)) // (jobs * compute.processes))
     return Limits(threads=compute.threads or here, device=compute.device, processes=compute.processes)
 
 
 def cores() -> int:
-    """Cores that this process may use: of the machine, or of its container."""
-    return min([len(os.sched_getaffinity(0)), *(quota for path in CPU_QUOTAS if (quota := _quota(Path(path))))])
+    """Cores for one job where its flow runs: what its container is limited to, or half of the machine.
+
+    The baseline and the adapter train at the same time, often on one machine, and threads of two jobs that want the
+    same cores wait for each other in vain: measured, both took eight times as long.
+    """
+    machine = len(os.sched_getaffinity(0))
+    quotas = [quota for path in CPU_QUOTAS if (quota := _quota(Path(path)))]
+    return min(machine, *quotas) if quotas else max(1, machine // 2)
 
 
 def _quota(path: Path) -> int | None:
