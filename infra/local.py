@@ -36,6 +36,8 @@ from infra.store import BUCKET
 
 __all__ = ["BUCKET", "FOLDER", "Stack", "StackError", "exported", "free_ports", "interrupt_on_sigterm", "stack"]
 
+# How long a command may take to end when it is told to, s.
+END_S = 30.0
 # How long a supervised store that was killed may take to come back, s.
 PATIENCE_S = 30.0
 
@@ -169,7 +171,11 @@ def _run(command: list[str], variables: Mapping[str, str]) -> int:
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 if __name__ == "__main__":

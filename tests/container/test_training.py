@@ -154,15 +154,20 @@ def test_a_missing_image_is_named(stack: Running) -> None:
         stack.follow(config, stack.spec(config))
 
 
-def test_a_missing_gpu_is_told_in_words(stack: Running) -> None:
+def _has_gpu(stack: Running) -> bool:
+    gpu = docker.types.DeviceRequest(count=1, capabilities=[["gpu"]])
+    container = stack.engine.containers.create("adapterline:cpu", "true", network_mode="none", device_requests=[gpu])
     try:
-        stack.engine.containers.run(
-            "adapterline:cpu", "true", remove=True, network_mode="none",
-            device_requests=[docker.types.DeviceRequest(count=1, capabilities=[["gpu"]])],
-        )  # fmt: skip
+        container.start()
     except docker.errors.APIError:
-        pass
-    else:
+        return False
+    finally:
+        container.remove(force=True)
+    return True
+
+
+def test_a_missing_gpu_is_told_in_words(stack: Running) -> None:
+    if _has_gpu(stack):
         pytest.skip("this engine has a GPU")
     config = stack.config("gpu", image="adapterline:cpu")
     compute = config.compute.model_copy(update={"deployment": "train/gpu"})
