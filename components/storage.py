@@ -140,8 +140,11 @@ def download(uri: str, target: Path) -> Path:
     return target
 
 
-def download_folder(uri: str, target: Path) -> Path:
-    """Copy everything below a prefix into a local folder; a local folder is returned as it is, uncopied."""
+def download_folder(uri: str, target: Path, last: str = "") -> Path:
+    """Copy everything below a prefix into a local folder; a local folder is returned as it is, uncopied.
+
+    The file named `last` comes at the end: its presence then means that all is there.
+    """
     if not is_s3(uri):
         if not Path(uri).is_dir():
             raise _missing(uri)
@@ -149,7 +152,7 @@ def download_folder(uri: str, target: Path) -> Path:
     found = names(uri)
     if not found:
         raise _missing(uri)
-    for name in found:
+    for name in sorted(found, key=lambda name: (name == last, name)):
         if not (target / name).resolve().is_relative_to(target.resolve()):
             raise StorageError(f"names below {uri}", f"one that leads out of it, {name!r}", "do not use this folder")
         download(join(uri, name), target / name)

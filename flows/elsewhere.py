@@ -6,6 +6,7 @@ bundle at its URI, the child run's log and state, and the pulse.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
+
+import httpx
 
 from components import digest, errors, storage
 from components.config import ComputeConfig
@@ -32,6 +35,8 @@ POLL_S = 2.0
 UNATTENDED_S = 60.0
 # How long a cancelled job may take to end before the flow leaves without it.
 CANCEL_S = 60.0
+# How long the Prefect server may be away while a job goes on.
+AWAY_S = 900.0
 
 log = logging.getLogger("adapterline")
 
@@ -52,7 +57,7 @@ def follow(
         with get_client(sync_client=True) as client:
             run = _running(client, spec, compute) or _start(client, spec, there, mlflow_run, compute)
             _attend(client, spec, run, there, report)
-    storage.download_folder(there, out)
+    storage.download_folder(there, out, last=bundle.MANIFEST)
 
 
 def tag(spec: JobSpec) -> str:
@@ -69,6 +74,7 @@ def _start(client: SyncPrefectClient, spec: JobSpec, out: str, mlflow_run: str, 
         client.read_deployment_by_name(name)
     except ObjectNotFound:
         raise ComputeError(f"deployment {name}", "none of that name", "make it with `prefect deploy --all`") from None
+    jobs.require_flow(spec)
     content, uri = spec.model_dump_json(indent=2).encode(), f"{out}.spec.json"
     storage.write(uri, content)
     parameters = {
@@ -112,40 +118,53 @@ def _running(client: SyncPrefectClient, spec: JobSpec, compute: ComputeConfig) -
 def _attend(
     client: SyncPrefectClient, spec: JobSpec, run: FlowRun, out: str, report: Callable[[progress.Event], None]
 ) -> None:
-    """Poll a run until it ends, passing on its progress and its log."""
+    """Poll a run until it ends, passing on its progress and its log. A server that restarts is waited for."""
     patience = math.inf  # until when a cancelled run may take to end
+    listener, told = Listener(out), 0
+    attended = answered = time.monotonic()
 
     def cancel() -> None:
         nonlocal patience
         patience = min(patience, time.monotonic() + CANCEL_S)
         _cancel(run.id)
 
-    jobs.enders.add(cancel)
-    listener, told, attended = Listener(out), 0, time.monotonic()
     try:
-        while time.monotonic() < patience:
-            run = client.read_flow_run(run.id)
-            told = _relay(client, spec, run, told)
-            state = run.state
-            if state is not None and state.is_final():
-                break
-            if event := listener.listen():
-                report(event)
-            if state is None or not state.is_running():
-                listener.restart()
-                attended = _attended(client, run, attended)
-            elif listener.silence > SILENCE_S:
-                _declare_dead(client, run)
-                raise JobKilled(
-                    f"signs of life of job {spec.method}", f"none for {SILENCE_S:.0f} s", "run again: it resumes"
-                )
-            time.sleep(POLL_S)
+        with jobs.ended_with_flow(cancel):
+            while time.monotonic() < patience:
+                if event := listener.listen():
+                    report(event)
+                try:
+                    run = client.read_flow_run(run.id)
+                    told = _relay(client, spec, run, told)
+                    if run.state is not None and run.state.is_final():
+                        break
+                    if run.state is not None and run.state.is_running():
+                        attended = time.monotonic()
+                    else:
+                        listener.restart()
+                        attended = _attended(client, run, attended)
+                    answered = time.monotonic()
+                except httpx.HTTPError as error:
+                    _endure(error, answered)
+                if listener.silence > SILENCE_S:
+                    _declare_dead(run.id)
+                    found = f"none for {SILENCE_S:.0f} s"
+                    raise JobKilled(f"signs of life of job {spec.method}", found, "run again: it resumes")
+                time.sleep(POLL_S)
     except BaseException:
         cancel()
         raise
-    finally:
-        jobs.enders.discard(cancel)
     _judge(spec, run)
+
+
+def _endure(error: httpx.HTTPError, answered: float) -> None:
+    """Raise ComputeError when the Prefect server refuses us, or has been away for too long."""
+    refused = isinstance(error, httpx.HTTPStatusError) and error.response.status_code < 500
+    if refused or time.monotonic() - answered > AWAY_S:
+        found = f"{type(error).__name__} for {time.monotonic() - answered:.0f} s"
+        raise ComputeError(
+            "a Prefect server that answers", found, "see to it and run again: the job resumes"
+        ) from error
 
 
 def _relay(client: SyncPrefectClient, spec: JobSpec, run: FlowRun, told: int) -> int:
@@ -183,7 +202,6 @@ def _attended(client: SyncPrefectClient, run: FlowRun, since: float) -> float:
 
 def _cancel(run_id: UUID) -> None:
     """Ask for a run to be cancelled. May be called while the flow is being killed: never raises."""
-    import httpx
     from prefect import get_client
     from prefect.exceptions import PrefectException
     from prefect.states import Cancelling
@@ -195,10 +213,13 @@ def _cancel(run_id: UUID) -> None:
         log.warning("run %s could not be cancelled: %s", run_id, type(error).__name__)
 
 
-def _declare_dead(client: SyncPrefectClient, run: FlowRun) -> None:
+def _declare_dead(run_id: UUID) -> None:
+    """Mark a run as crashed, if the server can be told."""
+    from prefect import get_client
     from prefect.states import Crashed
 
-    client.set_flow_run_state(run.id, Crashed(message="no sign of life from the job"), force=True)
+    with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+        client.set_flow_run_state(run_id, Crashed(message="no sign of life from the job"), force=True)
 
 
 def _judge(spec: JobSpec, run: FlowRun) -> None:
@@ -211,13 +232,13 @@ def _judge(spec: JobSpec, run: FlowRun) -> None:
         raise JobCancelled(f"{where} to finish", "it was cancelled", "run again: it resumes")
     found = (state.message or "no message").strip()
     if state.is_crashed():
-        raise _crashed(where, found)
+        raise _crashed(where, run, found)
     raise errors.from_line(state.name or "", found, TrainingError)
 
 
-def _crashed(where: str, found: str) -> TrainingError:
+def _crashed(where: str, run: FlowRun, found: str) -> TrainingError:
     """What infrastructure did to a job: it refused it, ran out of memory, or killed it."""
-    if found.startswith("Failed to submit"):  # Prefect's own words
+    if run.run_count == 0 and found.startswith("Failed to submit"):  # Prefect's words, also for a watch that broke off
         return ComputeError(f"{where} to start", _in_words(found), "correct that and run again")
     if "OutOfMemory" in found:
         return errors.OutOfMemory(

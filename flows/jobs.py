@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import psutil
 from prefect import Task
 
 from components.config import ComputeConfig
-from components.errors import JobKilled, OutOfMemory, TrainingError
+from components.errors import JobCancelled, JobKilled, OutOfMemory, TrainingError
 from components.registry.tracking import RUN_VARIABLE
 from components.training import launch, progress
 from components.training.spec import JobSpec, Limits
@@ -26,8 +27,9 @@ CANCEL_S = 10
 OOM_COUNTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 CPU_QUOTAS = ("/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 
-# How to end each job that runs, for when the flow is interrupted.
-enders: set[Callable[[], None]] = set()
+# How to end each job that runs, and whether the flow was interrupted, so that none is started any more.
+_enders: set[Callable[[], None]] = set()
+_interrupted = threading.Event()
 
 
 def at_once(compute: ComputeConfig) -> int:
@@ -70,6 +72,7 @@ def side_by_side(
 
     When the flow is interrupted, the jobs are ended with it: tasks run in threads that no signal reaches.
     """
+    _interrupted.clear()
     if jobs < len(specs):
         return [train(spec, compute, run) for spec in specs]
     futures = [train.submit(spec, compute, run) for spec in specs]
@@ -77,10 +80,29 @@ def side_by_side(
         for future in futures:
             future.wait()
     except BaseException:
-        for end in list(enders):
+        _interrupted.set()
+        for end in list(_enders):
             end()
         raise
     return [future.result() for future in futures]
+
+
+@contextlib.contextmanager
+def ended_with_flow(end: Callable[[], None]) -> Iterator[None]:
+    """Have a job ended when the flow is interrupted during the block; at once when it was before."""
+    _enders.add(end)
+    try:
+        if _interrupted.is_set():
+            end()
+        yield
+    finally:
+        _enders.discard(end)
+
+
+def require_flow(spec: JobSpec) -> None:
+    """Raise JobCancelled when the flow was interrupted: no job may start after that."""
+    if _interrupted.is_set():
+        raise JobCancelled(f"job {spec.method} to start", "its flow interrupted", "run again: it resumes")
 
 
 def follow(
@@ -118,22 +140,22 @@ def run(
         RUN_VARIABLE: mlflow_run,
         "TOKENIZERS_PARALLELISM": "false",
     }
+    require_flow(spec)
     killed_before = _killed_for_memory()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             launch.command(spec, path, out), stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         )
-        enders.add(process.terminate)
         expired = _Alarm(process, timeout_hours * 3600)
         try:
-            for line in process.stdout or ():
-                if event := progress.parse(line):
-                    report(event)
-            code = process.wait()
+            with ended_with_flow(process.terminate):
+                for line in process.stdout or ():
+                    if event := progress.parse(line):
+                        report(event)
+                code = process.wait()
         finally:
             expired.cancel()
             _end(process)
-            enders.discard(process.terminate)
         errors.seek(0)
         last = (errors.read().strip().splitlines() or ["no message"])[-1]
     if code == 0:
@@ -150,7 +172,7 @@ def run(
             "it was killed at the limit of its container",
             "raise its memory (compute.job_variables) or lower training.batch_size; it resumes",
         )
-    if code > 128:  # as a shell and accelerate's launcher tell of a signal
+    if code - 128 in signal.valid_signals():  # as a shell and accelerate's launcher tell of a signal
         code = 128 - code
     if code == -signal.SIGKILL:  # what the kernel sends when memory of the machine runs out
         raise JobKilled(f"job {spec.method} to finish", "its process killed by SIGKILL", "give it memory; it resumes")
@@ -189,8 +211,6 @@ class _Alarm:
     """Ends a process after a time, and says whether it had to."""
 
     def __init__(self, process: subprocess.Popen[Any], seconds: float) -> None:
-        import threading
-
         self.fired = False
         self._process = process
         self._timer = threading.Timer(seconds, self._fire)

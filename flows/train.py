@@ -40,7 +40,8 @@ def train(
     cannot succeed.
     """
     try:
-        with turns.turn(turn) if turn else nullcontext(), Pulse(out) as pulse, tempfile.TemporaryDirectory() as folder:
+        # who waits for a turn is alive
+        with Pulse(out) as pulse, turns.turn(turn) if turn else nullcontext(), tempfile.TemporaryDirectory() as folder:
             job = _fetched(spec, digest)
             path = Path(folder) / "spec.json"
             path.write_text(job.model_dump_json())

@@ -99,7 +99,7 @@ def test_a_job_ends_with_the_flow_that_started_it(spec: MakeSpec, tmp_path: Path
 
 def test_a_job_beyond_its_time_is_ended_and_says_so(spec: MakeSpec, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="still running"):
-        jobs.follow(spec(str(tmp_path / "store")), tmp_path / "out", "", "", 0.5, ignore)
+        jobs.follow(spec(str(tmp_path / "store")), tmp_path / "out", "", "", 0.5 / 3600, ignore)
 
 
 def test_a_failing_job_gives_its_own_line(spec: MakeSpec, tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""Following a job that runs elsewhere: waiting for a turn, silence, nobody there. Real Prefect server and store."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from uuid import uuid4
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Running
+
+from components import base_model, storage
+from components.config import BaseConfig
+from components.errors import ComputeError, JobCancelled, JobKilled, ModelBusy
+from components.training.spec import DataRef, JobSpec, Limits, code_version
+from flows import elsewhere, jobs, pulse, turns
+from flows.train import train
+from tests.flows.conftest import Settings
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.xdist_group("servers-of-commands"),
+    pytest.mark.usefixtures("servers"),
+]
+
+STORE = "s3://adapterline"
+
+
+@pytest.fixture
+def spec(settings: Settings) -> JobSpec:
+    """A job that is never trained."""
+    config = settings("elsewhere")
+    return JobSpec(
+        method="pfeiffer",
+        base=base_model.find(BaseConfig(name=config.base.name)).pin,
+        data=DataRef(uri="s3://adapterline/nothing", digest=uuid4().hex),
+        labels=("bad", "good"),
+        bottleneck=config.adapter.bottleneck,
+        schedule=config.adapter.schedule,
+        training=config.training,
+        limits=Limits(threads=1, device="cpu"),
+        seed=0,
+        code=code_version(),
+    )
+
+
+@pytest.fixture
+def client() -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as found:
+        yield found
+
+
+def waits_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def attend(client: SyncPrefectClient, spec: JobSpec, run: FlowRun) -> None:
+    elsewhere._attend(client, spec, run, f"{STORE}/jobs/{spec.digest[:16]}", lambda event: None)
+
+
+def test_a_job_that_waits_for_its_turn_gives_signs_of_life(
+    client: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pulse, "BEAT_S", 0.1)
+    client.upsert_global_concurrency_limit_by_name("one-gpu", 1)
+    out = f"{STORE}/jobs/{uuid4().hex}"
+    place = pulse.place(out)
+    ended: list[str | None] = []
+
+    def run() -> None:
+        ended.append(train(f"{out}.spec.json", "0" * 64, out, turn="one-gpu", return_state=True).name)
+
+    waiting = threading.Thread(target=contextvars.copy_context().run, args=(run,))
+    with turns.turn("one-gpu"):
+        waiting.start()
+        waits_for(lambda: storage.exists(place) and json.loads(storage.read(place))["beat"] > 2)
+        assert ended == []
+    waiting.join(60)
+    assert ended == ["StorageError"], "after its turn it looks for its spec, and there is none"
+
+
+def test_a_silent_job_is_declared_dead(
+    client: SyncPrefectClient, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elsewhere, "SILENCE_S", 1.0)
+    run = client.create_flow_run(train, parameters={"spec": "", "digest": "", "out": ""}, state=Running())
+    with pytest.raises(JobKilled, match="none for 1 s"):
+        attend(client, spec, run)
+    state = client.read_flow_run(run.id).state
+    assert state is not None
+    assert state.is_crashed()
+
+
+def test_a_pool_without_a_worker_is_named(
+    client: SyncPrefectClient, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elsewhere, "UNATTENDED_S", 1.0)
+    monkeypatch.setattr(elsewhere, "CANCEL_S", 1.0)
+    client.create_work_pool(WorkPoolCreate(name="nobody", type="process"))
+    flow = client.create_flow(train)
+    deployment = client.create_deployment(flow_id=flow, name="nobody", work_pool_name="nobody")
+    run = client.create_flow_run_from_deployment(deployment, parameters={"spec": "", "digest": "", "out": ""})
+    with pytest.raises(ComputeError, match="a worker on work pool nobody; found none"):
+        attend(client, spec, run)
+
+
+def test_a_missing_deployment_is_named(settings: Settings, client: SyncPrefectClient, spec: JobSpec) -> None:
+    compute = settings("elsewhere", compute__deployment="train/nowhere").compute
+    with pytest.raises(ComputeError, match="deployment train/nowhere"):
+        elsewhere._start(client, spec, f"{STORE}/jobs/none", "", compute)
+
+
+def test_nothing_starts_once_the_flow_is_interrupted(
+    settings: Settings, client: SyncPrefectClient, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted = threading.Event()
+    interrupted.set()
+    monkeypatch.setattr(jobs, "_interrupted", interrupted)
+    with pytest.raises(JobCancelled):
+        jobs.run(spec, "nowhere.json", "nowhere", "", "", 1, lambda event: None)
+    called: list[bool] = []
+    with jobs.ended_with_flow(lambda: called.append(True)):
+        assert called == [True]
+
+
+def test_one_run_a_model(client: SyncPrefectClient) -> None:
+    with turns.alone("only"), turns.alone("another"), pytest.raises(ModelBusy, match="model only"), turns.alone("only"):
+        pass
+    with turns.alone("only"):
+        pass
