@@ -54,7 +54,7 @@ RUN rm -rf /usr/bin/pip* /usr/local/bin/pip* /usr/local/lib/python3*/ensurepip /
         /usr/local/lib/python3*/site-packages/* /usr/lib/python3/dist-packages/* /usr/share/python-wheels /root/.cache \
  && echo 'adapterline:x:10001:' >> /etc/group \
  && echo 'adapterline:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd \
- && mkdir /app /cache /data && chown 10001:10001 /cache /data
+ && mkdir -p /app/out /cache /data && chown 10001:10001 /app/out /cache /data
 # requests, httpx and boto3 trust what the system trusts, and not their own lists: mount a company's bundle over it.
 ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp PREFECT_HOME=/tmp/prefect ADAPTERLINE_CACHE=/cache HF_HOME=/cache/huggingface \

@@ -4,14 +4,17 @@ import logging
 import os
 from pathlib import Path
 
-from infra import environment
+from infra import environment, parts
 from infra.folder import FOLDER
 
-# Before Prefect is imported: nothing is sent home, a slow machine may take its time to start the server, our own log
-# lines reach the run's page, and a user without a Prefect profile keeps everything below `out/`.
+# Before Prefect is imported: nothing is sent home, a slow machine may take its time to start the server, who holds a
+# slot of a limit stands in a file of it, our own log lines reach the run's page, and a user without a Prefect profile
+# keeps everything below `out/`.
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "120")
+for name, value in parts.LEASES.items():
+    os.environ.setdefault(name, value)
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "adapterline")
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
 environment.adopt(os.environ)  # the stack of `make up`, if it is up

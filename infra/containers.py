@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -25,31 +26,38 @@ def runs(identity: str, where: Mapping[str, str]) -> set[str] | None:
         return None
     import docker
     from docker.errors import DockerException
+    from requests import RequestException
 
     try:
         client = docker.from_env(environment=dict(where), timeout=ANSWER_S)
-        found = client.containers.list(all=True, filters={"label": f"{LABEL}={identity}"})
+        found = client.containers.list(all=True, filters={"label": f"{LABEL}={identity}"}, ignore_removed=True)
         return {run for container in found if (run := container.labels.get(RUN_LABEL))}
-    except DockerException:
+    except (DockerException, RequestException):
         return None
 
 
-def remove(identity: str, where: Mapping[str, str]) -> int | None:
-    """Stop and remove all containers of the stack. Returns how many; None when no engine answers."""
+def remove(identity: str, where: Mapping[str, str]) -> list[str] | None:
+    """Stop and remove all containers of the stack. Returns what stays, and why; None when no engine answers."""
     if importlib.util.find_spec("docker") is None:
         return None
     import docker
-    from docker.errors import DockerException, NotFound
+    from docker.errors import APIError, DockerException
+    from requests import RequestException
 
     try:
         client = docker.from_env(environment=dict(where), timeout=ANSWER_S)
-        found = client.containers.list(all=True, filters={"label": f"{LABEL}={identity}"})
-        for container in found:
-            try:
-                container.stop(timeout=STOP_S)
-                container.remove(v=True, force=True)
-            except NotFound:
-                continue
-        return len(found)
-    except DockerException:
+        found = client.containers.list(all=True, filters={"label": f"{LABEL}={identity}"}, ignore_removed=True)
+    except (DockerException, RequestException):
         return None
+    left = []
+    for container in found:
+        try:
+            # One that cannot be stopped is killed by its removal.
+            with contextlib.suppress(APIError, RequestException):
+                container.stop(timeout=STOP_S)
+            container.remove(v=True, force=True)
+        except (DockerException, RequestException) as error:
+            # Removed already, or by somebody else just now.
+            if not (isinstance(error, APIError) and error.status_code in (404, 409)):
+                left.append(f"container {container.name} ({error})")
+    return left

@@ -17,15 +17,17 @@ import os
 import socket
 import sys
 import warnings
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import httpx
-from docker.errors import APIError, DockerException
+from docker.errors import APIError, DockerException, NotFound
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import Cancelled, Crashed
 from prefect.utilities.processutils import setup_signal_handlers_worker
 from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration, DockerWorkerResult
+from requests import RequestException
 
 if TYPE_CHECKING:
     from docker.models.containers import Container
@@ -45,6 +47,10 @@ PASSED_ON = (
     "MLFLOW_TRACKING_PASSWORD",
 )
 ENDED = ("created", "exited", "dead")
+# One that was created and never started is removed when it is older than this: another worker may be about to start it.
+STARTS_WITHIN = timedelta(minutes=1)
+# What is raised while the engine or the Prefect server is away.
+AWAY = (DockerException, RequestException, PrefectHTTPStatusError, httpx.TransportError)
 # How often to look for containers whose run nobody watches, s.
 LOOK_S = 5.0
 
@@ -76,32 +82,46 @@ class RemovingWorker(DockerWorker):
     async def run(
         self, flow_run: FlowRun, configuration: DockerWorkerJobConfiguration, task_status: Any = None
     ) -> DockerWorkerResult:
-        """Run to the end of the container. Raises what Docker says when it cannot be started."""
+        """Run to the end of the container. Raises what Docker says when it cannot be started, or watched to its end:
+        then it runs on, and `look` settles it.
+        """
         self._watched.add(str(flow_run.id))
         try:
             return await super().run(flow_run, configuration, task_status)
         finally:
-            for container in await asyncio.to_thread(self._ended, flow_run.id):
-                await self._settle(container)
-            self._watched.discard(str(flow_run.id))
+            try:
+                for container in await asyncio.to_thread(self._ended, flow_run.id):
+                    await self._settle(container)
+            except AWAY as error:
+                self._logger.warning("run %s is settled later: %s", flow_run.id, error)
+            finally:
+                self._watched.discard(str(flow_run.id))
 
     async def look(self) -> None:
         """Settle, again and again, what ended while nobody watched: its worker was killed, or the engine restarted."""
         while True:
             try:
-                for container in await asyncio.to_thread(self._ended, None):
-                    if container.labels[RUN_LABEL] not in self._watched:
-                        await self._settle(container)
-            except (DockerException, PrefectHTTPStatusError, httpx.TransportError) as error:
+                await self.look_once()
+            except AWAY as error:
                 self._logger.warning("engine or server away (%s), looking again", type(error).__name__)
             await asyncio.sleep(LOOK_S)
 
+    async def look_once(self) -> None:
+        """Settle what ended by now. Raises one of AWAY."""
+        for container in await asyncio.to_thread(self._ended, None):
+            if container.labels[RUN_LABEL] not in self._watched and not _about_to_start(container):
+                await self._settle(container)
+
     def _ended(self, run: UUID | None) -> list[Container]:
-        """Ended containers of one run, or of all runs of this stack."""
+        """Ended containers of one run, or of all runs of this stack. Raises DockerException or RequestException."""
         labels = [RUN_LABEL if run is None else f"{RUN_LABEL}={run}"]
         if run is None:
             labels.append(f"{STACK_LABEL}={os.environ.get(STACK_VARIABLE, '')}")
-        with contextlib.closing(self._get_client()) as client:
+        try:
+            client = self._get_client()
+        except RuntimeError as error:  # Prefect's, in place of Docker's
+            raise DockerException(str(error)) from error
+        with contextlib.closing(client):
             found: list[Container] = client.containers.list(all=True, filters={"label": labels})
             return [container for container in found if container.status in ENDED]
 
@@ -126,9 +146,17 @@ class RemovingWorker(DockerWorker):
 
     def _remove(self, container: Container) -> None:
         try:
-            container.remove(v=True, force=True)
+            # Not by force, unless it is half removed: what began to run meanwhile stays.
+            container.remove(v=True, force=container.status == "dead")
+        except NotFound:
+            return
         except APIError as error:
             self._logger.warning("container %s could not be removed: %s", container.name, error)
+
+
+def _about_to_start(container: Container) -> bool:
+    age = datetime.now(UTC) - datetime.fromisoformat(container.attrs["Created"])
+    return container.status == "created" and age < STARTS_WITHIN
 
 
 def _ending(container: Container) -> str:
@@ -140,13 +168,15 @@ def _ending(container: Container) -> str:
 
 
 async def serve(pool: str) -> None:
-    """Work for a pool until interrupted."""
-    worker = RemovingWorker(work_pool_name=pool, name=f"{pool} on {socket.gethostname()}")
+    """Work for a pool until interrupted. Ends, too, when looking does: whoever started the worker starts it again."""
+    name = f"{pool} on {socket.gethostname()}"
+    if not os.environ.get(STACK_VARIABLE):  # started by hand: it must not settle what is another's
+        os.environ[STACK_VARIABLE] = name
+    worker = RemovingWorker(work_pool_name=pool, name=name)
     setup_signal_handlers_worker(os.getpid(), "the worker", print)
-    looking = asyncio.create_task(_looking(worker))
-    try:
+    async with asyncio.TaskGroup() as group:
+        looking = group.create_task(_looking(worker))
         await worker.start(with_healthcheck=bool(os.environ.get("PREFECT_WORKER_WEBSERVER_PORT")))
-    finally:
         looking.cancel()
 
 

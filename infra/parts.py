@@ -25,6 +25,11 @@ WORKERS = tuple(f"worker-{pool}" for pool in POOLS)
 # A worker asks for work this often, s. Prefect's 10 s would be most of a short run.
 POLL_S = 2
 
+# Who holds a slot of a limit is written below PREFECT_HOME. Prefect's default is the server's memory: a server that was
+# killed would never free what was held.
+LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+LEASES_FOLDER = "concurrency_leases"
+
 # A checked password counts for a minute: each check takes 0.1 s of processor time, and a retrain makes some hundreds of
 # requests. A changed password bites that much later.
 AUTH = """\
@@ -84,9 +89,12 @@ def _mlflow(folder: Path, ports: Mapping[str, int]) -> Program:
 
 def _prefect(folder: Path, ports: Mapping[str, int]) -> Program:
     port = str(ports["prefect"])
+    # Names the process that holds it by its number, which may be another's once a server was killed.
+    (folder / "prefect" / LEASES_FOLDER / "expirations.lock").unlink(missing_ok=True)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port]
     environment = {
         **prefect_home(folder),
+        **LEASES,
         "PREFECT_SERVER_API_AUTH_STRING": credentials.read(folder)["PREFECT_API_AUTH_STRING"],
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",  # the page's default is port 4200

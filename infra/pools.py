@@ -9,10 +9,15 @@ what people set by hand (a pool's limit, its pause) stays.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
+from uuid import UUID
+
+from infra import parts
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "work-pools"
 TYPES = {"local": "process", "docker": "docker", "k8s": "kubernetes"}
 GPU_LIMIT = "gpu"
+ALONE = "retrain-"  # and the model: flows/turns.py
 PAGE = 200
 
 
@@ -88,6 +94,27 @@ def settle(client: SyncPrefectClient, wanted: Wanted) -> None:
             )
             client.set_flow_run_state(run.id, Cancelled() if cancelled else crashed, force=True)
         page = list(found)
+    if not wanted["living"]:
+        release(client, Path(os.environ["PREFECT_HOME"]) / parts.LEASES_FOLDER)
+
+
+def release(client: SyncPrefectClient, leases: Path) -> None:
+    """Free the slots that no lease holds: a killed server left them taken. Those with a lease are free once it ends."""
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+
+    held = Counter[UUID]()
+    for file in leases.glob("*.json"):
+        lease = json.loads(file.read_text())
+        if "resource_ids" in lease:  # else the index of their ends
+            held.update({UUID(limit): lease["metadata"]["slots"] for limit in lease["resource_ids"]})
+    offset = 0
+    while page := client.read_global_concurrency_limits(limit=PAGE, offset=offset):
+        for limit in page:
+            ours = limit.name == GPU_LIMIT or limit.name.startswith(ALONE)
+            if ours and limit.active_slots > held[limit.id]:
+                free = GlobalConcurrencyLimitUpdate(active_slots=held[limit.id])
+                client.update_global_concurrency_limit(limit.name, free)
+        offset += PAGE
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import socket
+from itertools import chain, combinations
 from pathlib import Path
 
 from infra.errors import StackError
@@ -22,36 +23,51 @@ STORE = ("s3-master", "s3-volume", "s3-filer", "s3-admin")
 def choose(folder: Path) -> dict[str, int]:
     """A port for each server: the configured one, else the one it had before, else the well-known one, else a free one.
 
-    Raises StackError when a configured port is taken or is none.
+    Raises StackError when a configured port is taken or is none, or two are the same.
     """
     try:
         before = json.loads((folder / "ports.json").read_text())
     except (OSError, ValueError):
         before = {}
-    chosen: dict[str, int] = {}
-    for name, well_known in WELL_KNOWN.items():
-        port = _configured(name)
-        if port is None:
-            port = next((each for each in (before.get(name), well_known) if each and _usable(name, each)), None)
-        if port in chosen.values():
-            port = None
-        chosen[name] = port or free_ports(1)[0]
-    for name in STORE:
-        port = before.get(name)
-        chosen[name] = port if port and port not in chosen.values() and _usable(name, port) else free_ports(1)[0]
+    chosen = {name: port for name in WELL_KNOWN if (port := _configured(name)) is not None}
+    _expect_distinct(chosen)
+    for name in (*WELL_KNOWN, *STORE):
+        if name not in chosen:
+            taken = {each for other, port in chosen.items() for each in _needed(other, port)}
+            wishes = filter(None, (before.get(name), WELL_KNOWN.get(name)))
+            others = iter(lambda: free_ports(1)[0], 0)
+            chosen[name] = next(port for port in chain(wishes, others) if _usable(name, port, taken))
     write_private(folder / "ports.json", json.dumps(chosen))
     return chosen
 
 
+def _expect_distinct(configured: dict[str, int]) -> None:
+    """Raises StackError when two servers were given the same port."""
+    for one, other in combinations(configured, 2):
+        for port in _needed(one, configured[one]) & _needed(other, configured[other]):
+            raise StackError(
+                f"expected {_variable(one)} and {_variable(other)} to need different ports; found {port} in both; "
+                "name another port in one"
+            )
+
+
+def _needed(name: str, port: int) -> set[int]:
+    return {port} if name in ("prefect", "mlflow") else {port, port + GRPC}
+
+
+def _variable(name: str) -> str:
+    return f"ADAPTERLINE_{name.upper()}_PORT"
+
+
 def _configured(name: str) -> int | None:
-    variable = f"ADAPTERLINE_{name.upper()}_PORT"
+    variable = _variable(name)
     text = os.environ.get(variable)
     if not text:
         return None
     highest = 65_535 - GRPC if name == "s3" else 65_535
     if not text.isdecimal() or not 0 < int(text) <= highest:
         raise StackError(f"expected a port of 1 to {highest} in {variable}; found {text!r}; correct or remove it")
-    for port in (int(text), int(text) + GRPC)[: 2 if name == "s3" else 1]:
+    for port in sorted(_needed(name, int(text))):
         if not is_free(port):
             also = "" if port == int(text) else f" (taken with {text} for gRPC)"
             raise StackError(
@@ -61,8 +77,9 @@ def _configured(name: str) -> int | None:
     return int(text)
 
 
-def _usable(name: str, port: int) -> bool:
-    return is_free(port) and (name in ("prefect", "mlflow") or is_free(port + GRPC))
+def _usable(name: str, port: int, taken: set[int]) -> bool:
+    needed = _needed(name, port)
+    return needed.isdisjoint(taken) and all(is_free(each) for each in needed)
 
 
 def free_ports(count: int) -> list[int]:

@@ -34,6 +34,8 @@ from infra.errors import StackError
 # All parts take about 35 s of processor time; a busy or slow machine may take its time.
 START_S = 300.0
 LOOK_S = 0.1
+# A process that is being ended may start another. What is left after so many rounds cannot be ended.
+ROUNDS = 3
 
 Say = Callable[[str], None]
 
@@ -55,7 +57,10 @@ def up(folder: Path, say: Say) -> None:
                         _start(folder)
                         _bring_up(folder, say)
                     except BaseException:  # also when we are interrupted
-                        _tear_down(folder)
+                        try:
+                            _tear_down(folder)
+                        except StackError as left:  # besides what went wrong
+                            say(str(left))
                         raise
             stack = _stack(folder)
     say(f"up in {time.monotonic() - begun:.0f} s")
@@ -178,7 +183,10 @@ def _configure(folder: Path, stack: Stack, first: bool) -> None:
 
 
 def down(folder: Path, say: Say) -> None:
-    """End everything of this stack: servers, workers, flow runs, containers. Data stay."""
+    """End everything of this stack: servers, workers, flow runs, containers. Data stay.
+
+    Raises StackError, all else ended, when something stays.
+    """
     if not folder.is_dir():
         say("nothing was up")
         return
@@ -192,23 +200,36 @@ def _tear_down(folder: Path) -> bool:
     identity, record = place.identity(folder), place.record(folder)
     living = supervision.alive(folder)
     if living:
-        for name in parts.WORKERS:
-            with contextlib.suppress(StackError):  # a supervisor that hangs is ended below
+        with contextlib.suppress(StackError):  # a supervisor that hangs is ended below
+            for name in parts.WORKERS:
                 supervision.stop_part(folder, name)
         # They still reach Prefect, and tell it how they ended.
         processes.end(each.process for each in processes.marked(identity) if each.run)
-    if record:
-        containers.remove(identity, record["engine"])
+    left = _remove_containers(identity, record) if record else []
     if living:
         with contextlib.suppress(StackError):
             supervision.shutdown(folder)
-    while left := processes.marked(identity):
-        living = True
-        processes.end(each.process for each in left)
+    for _ in range(ROUNDS):
+        if found := processes.marked(identity):
+            living = True
+            processes.end(each.process for each in found)
+    left += [f"process {each.process.pid}" for each in processes.marked(identity)]
     environment.remove(folder, Path(record.get("dotenv", ".env")))
-    for name in ("stack.json", "supervisord.pid", "supervisor.sock"):
+    for name in ("supervisord.pid", "supervisor.sock"):
         (folder / name).unlink(missing_ok=True)
+    if left:  # the record stays for the next try
+        raise StackError(f"expected all of {folder} to end; found {', '.join(left)}; end it, then `make down`")
+    (folder / "stack.json").unlink(missing_ok=True)
     return living
+
+
+def _remove_containers(identity: str, record: dict[str, Any]) -> list[str]:
+    """What stays of the containers that the docker worker started."""
+    left = containers.remove(identity, record["engine"])
+    if left is not None:
+        return left
+    worked = "worker-docker" not in record.get("off", parts.WORKERS)
+    return ["that no Docker engine answers, which had containers of its runs"] if worked else []
 
 
 def status(folder: Path, say: Say) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from infra.folder import identity, write_private
 ITSELF = "supervisord"
 START_S = 20.0
 STOP_S = 60.0
+ANSWER_S = 10.0
 # A part that ends is started again at once; one that ends within seconds waits 1 s, 2 s, …, and after so many times
 # (about 80 minutes) is left for the next `up`.
 RETRIES = 100
@@ -80,8 +83,7 @@ def ports(folder: Path) -> dict[str, int]:
 
 def start(folder: Path, names: Iterable[str]) -> None:
     """Start the supervisor with no part up yet. Raises StackError when it does not answer."""
-    socket = folder.resolve() / "supervisor.sock"
-    if len(os.fsencode(socket)) > LONGEST:
+    if len(os.fsencode(_socket(folder))) > LONGEST:
         raise StackError(
             f"expected a stack folder of at most {LONGEST - len('/supervisor.sock')} bytes, as a socket lies in it; "
             f"found {folder.resolve()}; name a shorter one in ADAPTERLINE_STACK"
@@ -152,10 +154,29 @@ def shutdown(folder: Path) -> None:
         time.sleep(0.05)
 
 
-def _call(folder: Path, method: str, *arguments: object) -> Any:
-    from supervisor.xmlrpc import SupervisorTransport
+def _socket(folder: Path) -> Path:
+    return folder.resolve() / "supervisor.sock"
 
-    transport = SupervisorTransport(None, None, f"unix://{folder.resolve() / 'supervisor.sock'}")
+
+class _Transport(xmlrpc.client.Transport):
+    """XML-RPC over a socket in the file system. The supervisor's own has no limit of time."""
+
+    def __init__(self, path: Path, patience: float) -> None:
+        super().__init__()
+        self._path, self._patience = path, patience
+
+    def make_connection(self, host: tuple[str, dict[str, str]] | str) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = socket.socket(socket.AF_UNIX)
+        self._connection = (host, connection)  # what `close` closes
+        connection.sock.settimeout(self._patience)
+        connection.sock.connect(str(self._path))
+        return connection
+
+
+def _call(folder: Path, method: str, *arguments: object) -> Any:
+    # A part may take its time to stop; all else is answered at once, unless the supervisor hangs.
+    transport = _Transport(_socket(folder), STOP_S if method == "stopProcess" else ANSWER_S)
     server = xmlrpc.client.ServerProxy("http://127.0.0.1", transport=transport)
     try:
         return getattr(server.supervisor, method)(*arguments)

@@ -40,7 +40,11 @@ INI
   prefect)
     PREFECT_SERVER_DATABASE_CONNECTION_URL=$(database postgresql+asyncpg prefect)
     PREFECT_SERVER_API_AUTH_STRING=$PREFECT_API_AUTH_STRING
-    export PREFECT_SERVER_DATABASE_CONNECTION_URL PREFECT_SERVER_API_AUTH_STRING
+    # Who holds a slot of a limit is written to the volume: a server that forgot it would never free the slot. The lock names
+    # its process by number, which is the same in each life of this container.
+    PREFECT_HOME=/data/prefect PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem
+    rm -f "$PREFECT_HOME/concurrency_leases/expirations.lock"
+    export PREFECT_SERVER_DATABASE_CONNECTION_URL PREFECT_SERVER_API_AUTH_STRING PREFECT_HOME PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE
     exec prefect server start --host "$listen" --port "${PREFECT_PORT:-4200}"
     ;;
   setup)

@@ -25,6 +25,7 @@ import pytest
 import yaml
 
 from infra.ports import free_ports
+from tests.conftest import toy_rows, write_csv
 from tests.container.composed import Up
 from tests.container.conftest import ROOT
 from tests.infra.test_compose import project
@@ -101,8 +102,8 @@ def database(secrets: Path) -> Iterator[int]:
             server.wait()
 
 
-def on_the_host(ports: dict[str, int], secrets: Path, image: str) -> dict[str, Any]:
-    """The project without networks: its services on the host's, on other ports."""
+def on_the_host(ports: dict[str, int], secrets: Path, image: str, toy: Path) -> dict[str, Any]:
+    """The project without networks: its services on the host's, on other ports; `toy` for its flows at /toy."""
     found = project(DOCKER_GID=str(Path(engine_socket()).stat().st_gid), DOCKER_SOCKET=engine_socket())
     usual = {"s3": 8333, "mlflow": 5000, "prefect": 4200}
     text = json.dumps(found).replace("adapterline:cuda", image).replace("./compose/secrets", str(secrets))
@@ -133,12 +134,28 @@ def on_the_host(ports: dict[str, int], secrets: Path, image: str) -> dict[str, A
     parts = zip(("master", "volume", "filer", "admin"), free_ports(4), strict=True)
     options = " ".join(f"-{part}.port={port}" for part, port in parts)
     found["services"]["s3"]["environment"]["STORE_OPTIONS"] = options
-    found["volumes"] = dict.fromkeys(("s3", "cache"))
+    # New volumes, not those of a project that is up.
+    found["volumes"] = dict.fromkeys(found["volumes"].keys() - {"postgres"})
+    found["services"]["worker-local"]["volumes"].append(f"{toy}:/toy:ro")
     return dict(found)
 
 
 @pytest.fixture(scope="module")
-def up(engine: docker.DockerClient, worker_image: str, server_image: str, secrets: Path, database: int) -> Iterator[Up]:
+def toy(tiny_base: Path) -> Iterator[Path]:
+    """A folder that user 10001 may read: rows.csv and a tiny model, base."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        shutil.copytree(tiny_base, folder / "base")
+        write_csv(folder / "rows.csv", toy_rows(300))
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def up(
+    engine: docker.DockerClient, worker_image: str, server_image: str, secrets: Path, database: int, toy: Path
+) -> Iterator[Up]:
     compose = program("docker-compose")
     names = ("s3", "mlflow", "prefect", "worker-local", "worker-docker")
     ports = {**dict(zip(names, free_ports(len(names)), strict=True)), "postgres": database}
@@ -146,7 +163,7 @@ def up(engine: docker.DockerClient, worker_image: str, server_image: str, secret
     name = f"test{uuid.uuid4().hex[:8]}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "compose.yaml"
-        file.write_text(yaml.safe_dump(on_the_host(ports, secrets, worker_image.removesuffix("-worker"))))
+        file.write_text(yaml.safe_dump(on_the_host(ports, secrets, worker_image.removesuffix("-worker"), toy)))
         command = [compose, "--file", str(file), "--project-name", name]
         try:
             done = subprocess.run(
@@ -244,7 +261,7 @@ def containers(up: Up) -> list[Any]:
     return found
 
 
-def finished(up: Up, name: str, parameters: dict[str, str]) -> dict[str, str]:
+def finished(up: Up, name: str, parameters: dict[str, Any]) -> dict[str, str]:
     """State in which a run of a deployment ended."""
     login = up.secrets["PREFECT_API_AUTH_STRING"]
     filters = {"deployments": {"name": {"any_": [name]}}}
@@ -272,3 +289,30 @@ def test_a_flow_in_a_container_of_its_own_reaches_the_store(up: Up) -> None:
     state = finished(up, "cpu", missing)
     assert (state["type"], state["name"]) == ("FAILED", "StorageError"), state["message"]
     assert "no such key" in state["message"]
+
+
+def test_a_retrain_in_the_local_pool_registers(up: Up) -> None:
+    """Its workspace is the one of the presets, below a root that is read-only; its jobs are processes of its own."""
+    rates = {"body": 1e-2, "layer_norm": 1e-2, "head": 1e-2}
+    config = {
+        "model": "toy",
+        "data": {"source": "/toy/rows.csv"},
+        "split": {"test": 0.3},
+        "base": {"name": "/toy/base"},
+        "adapter": {"bottleneck": {"reduction_factor": 2}, "schedule": {"epochs": 8, "learning_rates": rates}},
+        "baseline": {"schedule": {"epochs": 4, "learning_rates": {**rates, "body": 3e-3}}},
+        "training": {"max_tokens": 16},
+        "gate": {"margin": 0.2, "champion_margin": 0.2, "slice_margin": 0.4, "max_trainable_share": 0.2},
+        "compute": {"job_memory_gb": 1},
+    }
+    state = finished(up, "nightly", {"config": config, "preset": None, "overrides": {}})
+    assert state["type"] == "COMPLETED", state["message"]
+    (version,) = registered(up, "toy")
+    assert version["version"] == "1"
+
+
+def registered(up: Up, name: str) -> list[dict[str, str]]:
+    path = f"/api/2.0/mlflow/model-versions/search?filter=name%3D%27{name}%27"
+    answer = up.get("mlflow", path, f"admin:{up.secrets['MLFLOW_TRACKING_PASSWORD']}")
+    found: list[dict[str, str]] = answer["model_versions"]
+    return found

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from compose_spec import PyCompose
 
+from components.config import ComputeConfig
 from infra import pools
 from infra.compose.setup import joined
 
@@ -117,6 +118,18 @@ def test_jobs_join_the_network_of_the_project() -> None:
 def test_jobs_find_the_cache_by_its_name() -> None:
     template = json.loads(pools.templates()["docker"])
     assert template["variables"]["properties"]["cache"]["default"] == project()["volumes"]["cache"]["name"]
+
+
+def test_the_workspace_of_a_retrain_is_a_volume() -> None:
+    """The root of its container is read-only."""
+    targets = [volume.split(":")[1] for volume in SERVICES["worker-local"]["volumes"]]
+    workspace = Path("/app", ComputeConfig().workspace)
+    assert any(workspace.is_relative_to(target) for target in targets)
+
+
+def test_named_volumes_are_declared() -> None:
+    mounted = {volume.split(":")[0] for service in SERVICES.values() for volume in service.get("volumes", [])}
+    assert {name for name in mounted if name[0] not in "./"} == project()["volumes"].keys()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import availability, containers, credentials, environment, local, ports, processes
+from infra import availability, credentials, environment, local, ports, processes, stack, supervision
 from infra.errors import StackError
 from infra.folder import identity, write_private
 from tests.infra.test_stack import bare, stack_command, until
@@ -59,6 +59,48 @@ def test_the_store_needs_the_port_that_grpc_takes_too(
     monkeypatch.setenv("ADAPTERLINE_S3_PORT", str(taken - ports.GRPC))
     with pytest.raises(StackError, match=f"expected port {taken} .* for gRPC"):
         ports.choose(tmp_path)
+
+
+def test_a_configured_port_goes_before_one_that_another_server_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (port,) = ports.free_ports(1)
+    (tmp_path / "ports.json").write_text(json.dumps({"prefect": port}))
+    monkeypatch.setenv("ADAPTERLINE_MLFLOW_PORT", str(port))
+    chosen = ports.choose(tmp_path)
+    assert chosen["mlflow"] == port
+    assert chosen["prefect"] != port
+
+
+@pytest.mark.parametrize("further", [0, ports.GRPC])
+def test_two_servers_cannot_have_the_same_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: int) -> None:
+    (port,) = ports.free_ports(1)
+    monkeypatch.setenv("ADAPTERLINE_S3_PORT", str(port))
+    monkeypatch.setenv("ADAPTERLINE_MLFLOW_PORT", str(port + further))
+    found = f"expected ADAPTERLINE_MLFLOW_PORT and ADAPTERLINE_S3_PORT to need different ports; found {port + further}"
+    with pytest.raises(StackError, match=found):
+        ports.choose(tmp_path)
+
+
+def test_a_supervisor_that_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "ANSWER_S", 0.2)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "supervisor.sock"))
+        silent.listen()
+        with pytest.raises(StackError, match="expected supervisord to answer; found timed out"):
+            supervision.states(tmp_path)
+
+
+def test_down_names_a_process_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = {processes.MARK: identity(tmp_path)}
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(command, env={**os.environ, **mark}) as endless:
+        monkeypatch.setattr(processes, "end", list)  # as of one that waits for a broken disk
+        try:
+            with pytest.raises(StackError, match=f"found process {endless.pid}; end it, then `make down`"):
+                stack.down(tmp_path, print)
+        finally:
+            endless.kill()
 
 
 def test_up_waits_for_no_one_who_uses_the_store(tmp_path: Path) -> None:
@@ -166,33 +208,6 @@ def test_a_cluster_that_answers_has_its_worker(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "config").write_text(KUBECONFIG % taken)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
     assert availability.missing("worker-k8s") is None
-
-
-def test_containers_of_the_stack_are_removed_and_no_others(tmp_path: Path) -> None:
-    if availability.missing("worker-docker"):
-        pytest.skip("no Docker engine answers: containers of a stack are not tested")
-    import docker
-    from docker.errors import ImageNotFound, NotFound
-
-    client = docker.from_env()
-    image = "python:3.11-slim"
-    try:
-        client.images.get(image)
-    except ImageNotFound:
-        pytest.skip(f"the image {image} is not there: containers of a stack are not tested")
-    ours, other = (
-        client.containers.run(
-            image, ["sleep", "600"], detach=True, init=True, network_mode="host", labels={containers.LABEL: label}
-        )
-        for label in (identity(tmp_path), identity(tmp_path / "other"))
-    )
-    try:
-        assert containers.remove(identity(tmp_path), containers.engine()) == 1
-        with pytest.raises(NotFound):
-            ours.reload()
-        other.reload()
-    finally:
-        other.remove(force=True)
 
 
 def test_a_killed_part_leaves_no_child_that_holds_its_port(tmp_path: Path) -> None:
