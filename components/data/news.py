@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 class News(Frozen):
     """Rows of a source, and how many of them are new: not there before, or now with another label.
 
-    `data_digest` is None when nothing is there.
+    `data_digest` is None when nothing is there. `accepted`: these rows are the newest accepted data set.
     """
 
     data_digest: str | None = None
     rows: int = 0
     new_rows: int = 0
+    accepted: bool = False
 
 
 class _Memo(Frozen):
@@ -61,7 +62,7 @@ def _count(config: DataConfig, newest: Record | None) -> News:
     found = rows.data_digest(table)
     same = newest is not None and newest.data_digest == found
     new = set() if same else _told(table) - (ledger.known_rows(newest) if newest else set())
-    return News(data_digest=found, rows=len(table), new_rows=len(new))
+    return News(data_digest=found, rows=len(table), new_rows=len(new), accepted=same)
 
 
 def _told(table: Dataset) -> set[tuple[str, str]]:

@@ -62,13 +62,14 @@ def test_all_rows_are_new_to_a_model_without_data(place: Place) -> None:
 
 
 def test_accepted_rows_are_not_new(accepted: Place) -> None:
-    assert accepted.look().new_rows == 0
+    found = accepted.look()
+    assert (found.new_rows, found.accepted) == (0, True)
 
 
 def test_rows_of_a_further_file_are_new(accepted: Place) -> None:
     accepted.put("2.csv", toy_rows(12, seed=1))
     found = accepted.look()
-    assert (found.rows, found.new_rows) == (112, 12)
+    assert (found.rows, found.new_rows, found.accepted) == (112, 12, False)
 
 
 def test_the_same_rows_again_are_not_new(accepted: Place) -> None:

@@ -38,6 +38,7 @@ HOME = Path(__file__).parent.parent.parent
 PATIENCE_S = 300
 POOLS = {
     "retrain/nightly": "local",
+    "retrain/on-demand": "local",
     "retrain/on-new-data": "local",
     "train/local": "local",
     "train/cpu": "docker",
@@ -171,6 +172,15 @@ class TestWhatIsDeployed:
         assert options is not None
         assert (limit.limit, options.collision_strategy.value) == (1, "CANCEL_NEW")
 
+    def test_on_demand_runs_any_number_at_once_and_never_by_itself(
+        self, deployed: dict[str, DeploymentResponse]
+    ) -> None:
+        found = deployed["retrain/on-demand"]
+        assert (found.schedules, found.global_concurrency_limit) == ([], None)
+
+    def test_the_sensor_starts_runs_on_demand(self, deployed: dict[str, DeploymentResponse]) -> None:
+        assert deployed["retrain/on-new-data"].parameters["starts"] == "retrain/on-demand"
+
     def test_the_server_makes_the_runs_of_schedules(
         self, client: SyncPrefectClient, deployed: dict[str, DeploymentResponse]
     ) -> None:
@@ -203,7 +213,7 @@ class TestWhatIsDeployed:
     ) -> None:
         try:
             assert deploy({**environment, "TRAIN_ON": "train/gpu"}) == 0
-            for name in ("retrain/nightly", "retrain/on-new-data"):
+            for name in ("retrain/nightly", "retrain/on-demand", "retrain/on-new-data"):
                 assert client.read_deployment_by_name(name).parameters["overrides"] == {
                     "compute.deployment": "train/gpu"
                 }
@@ -242,7 +252,7 @@ class TestRunning:
         write_csv(tmp_path / "incoming" / "1.csv", toy_rows(600))
         done = run("retrain/on-new-data", f"config={config.model_dump_json()}")
         assert "'Started'" in done.stdout, done.stdout + done.stderr
-        started = newest(client, deployed["retrain/nightly"])
+        started = newest(client, deployed["retrain/on-demand"])
         assert started.parameters["preset"] is None
         ended = until_ended(client, started)
         assert ended.state is not None
@@ -306,11 +316,19 @@ class TestAtOnce:
         with pytest.raises(ModelBusy, match="expected no other run for model endless; found another"):
             retrain(configs.parse(endless, "the test"))
 
-    def test_the_sensor_waits(self, endless: dict[str, Any], run: Prefect, tmp_path: Path) -> None:
-        source = str(write_csv(tmp_path / "rows.csv", toy_rows(400)))
-        other = {**endless, "model": "other", "data": {"source": source}}
-        done = run("retrain/on-new-data", f"config={configs.parse(other, 'the test').model_dump_json()}")
-        assert "'Waiting'" in done.stdout, done.stdout + done.stderr
+    @pytest.mark.parametrize(("model", "end"), [("endless", "ModelBusy"), ("other", "DataError")])
+    def test_on_demand_only_a_run_of_the_same_model_is_turned_away(
+        self,
+        endless: dict[str, Any],
+        run: Prefect,
+        client: SyncPrefectClient,
+        deployed: dict[str, DeploymentResponse],
+        model: str,
+        end: str,
+    ) -> None:
+        config = {**endless, "model": model, "data": {"source": "no-such-file.csv"}}  # read once the model is held
+        assert run("retrain/on-demand", *given(configs.parse(config, "the test"))).returncode == 1
+        assert f"exception: {end}: " in message(newest(client, deployed["retrain/on-demand"]))
 
 
 def held(model: str) -> bool:

@@ -13,13 +13,14 @@ import pytest
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.states import Cancelled, Completed, Failed, Running
+from prefect.states import Cancelled, Completed, Crashed, Failed, Running
 
 from components import storage
 from components.config import RetrainConfig
-from components.data import sources
+from components.data import ledger, rows, sources
 from components.data.news import News
-from components.errors import ComputeError, ConfigError, ModelBusy
+from components.data.split import split
+from components.errors import AdapterlineError, ComputeError, ConfigError, GateFailed, JobKilled, ModelBusy, OutOfMemory
 from flows import on_new_data as sensor
 from flows.retrain import retrain
 from tests.conftest import toy_rows, write_csv
@@ -73,6 +74,19 @@ def look(config: RetrainConfig, wanted: int = 30, **parameters: Any) -> State[No
     return state
 
 
+def failed(kind: type[AdapterlineError]) -> State[None]:
+    """As Prefect words it."""
+    error = kind("something", "something else", "do this")
+    return Failed(message=f"Flow run encountered an exception: {kind.__name__}: {error}")
+
+
+def accept(config: RetrainConfig) -> None:
+    """What the step `split` of a retrain leaves behind."""
+    table = sources.read(config.data).table
+    parts = split(rows.clean(table, rows.label_names(table, None)), config.split)
+    ledger.accept(config.registry.store, config.model, parts, rows.data_digest(table), "settings", 1)
+
+
 def test_too_few_rows_start_nothing_and_are_counted(config: RetrainConfig, started: Started) -> None:
     state = look(config, wanted=100)
     assert state.is_completed()
@@ -106,7 +120,9 @@ def test_two_sensors_at_once_start_one_run(config: RetrainConfig, started: Start
     assert len(started.runs) == 1
 
 
-@pytest.mark.parametrize("end", [Failed(message="GateFailed: …"), Completed(), Cancelled()], ids=["gate", "ok", "hand"])
+@pytest.mark.parametrize(
+    "end", [failed(GateFailed), failed(OutOfMemory), Completed(), Cancelled()], ids=["gate", "error", "ok", "hand"]
+)
 def test_rows_that_had_their_turn_are_not_tried_again(
     config: RetrainConfig, started: Started, end: State[None]
 ) -> None:
@@ -127,10 +143,51 @@ def test_a_run_that_the_deployment_turned_away_is_started_again(config: RetrainC
 
 def test_a_run_that_found_the_model_busy_is_started_again(config: RetrainConfig, started: Started) -> None:
     look(config)
-    busy = ModelBusy("no other run for model m", "another", "wait for it")
-    started.end(Failed(message=f"Flow run encountered an exception: ModelBusy: {busy}"), begun=True)
+    for _ in range(4):
+        started.end(failed(ModelBusy), begun=True)
+        assert look(config).name == "Started"
+    assert len(started.runs) == 5
+
+
+@pytest.mark.parametrize("end", [Crashed(), failed(JobKilled)], ids=["crashed", "killed"])
+def test_a_run_that_was_cut_off_is_started_again(config: RetrainConfig, started: Started, end: State[None]) -> None:
+    look(config)
+    started.end(end, begun=True)
     assert look(config).name == "Started"
     assert len(started.runs) == 2
+
+
+def test_after_three_runs_that_were_cut_off_it_gives_up_in_words(config: RetrainConfig, started: Started) -> None:
+    for _ in range(3):
+        assert look(config).name == "Started"
+        started.end(Crashed(), begun=True)
+    state = look(config)
+    assert state.name == "Tried"
+    assert "3 runs with these rows were cut off" in str(state.message)
+    assert all(f"{run.name} (Crashed)" in str(state.message) for run in started.runs)
+    assert len(started.runs) == 3
+
+
+def test_rows_that_were_accepted_by_a_run_that_was_cut_off_are_given_to_another(
+    config: RetrainConfig, started: Started
+) -> None:
+    look(config)
+    accept(config)
+    assert look(config).message == "0 new rows, 30 wanted"  # while it runs
+    for _ in range(2):
+        started.end(Crashed(), begun=True)
+        assert look(config).name == "Started"
+    started.end(Crashed(), begun=True)
+    assert look(config).name == "Tried"
+    assert len(started.runs) == 3
+
+
+def test_accepted_rows_that_had_their_turn_are_not_news(config: RetrainConfig, started: Started) -> None:
+    look(config)
+    accept(config)
+    started.end(failed(GateFailed), begun=True)
+    assert look(config).message == "0 new rows, 30 wanted"
+    assert len(started.runs) == 1
 
 
 def test_further_rows_start_a_further_run(config: RetrainConfig, started: Started) -> None:
@@ -141,13 +198,11 @@ def test_further_rows_start_a_further_run(config: RetrainConfig, started: Starte
     assert len(started.runs) == 2
 
 
-def test_while_the_deployment_runs_something_else_it_waits(config: RetrainConfig, started: Started) -> None:
+def test_while_the_deployment_runs_another_model_it_starts_this_one(config: RetrainConfig, started: Started) -> None:
     other = started.client.create_flow_run_from_deployment(started.deployment)
     started.client.set_flow_run_state(other.id, Running(), force=True)
-    state = look(config)
-    assert state.name == "Waiting"
-    assert other.name in str(state.message)
-    assert [run.id for run in started.runs] == [other.id]
+    assert look(config).name == "Started"
+    assert len(started.runs) == 2
 
 
 def test_a_deployment_that_is_not_there_is_named(config: RetrainConfig) -> None:
