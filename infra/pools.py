@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -30,9 +29,8 @@ PAGE = 200
 
 
 class Wanted(TypedDict):
-    """Slots of the limit, one a GPU; flow runs that are being worked on; pools whose other runs are not."""
+    """Flow runs that are being worked on; pools whose other runs are not."""
 
-    gpus: int
     living: list[str]
     settle: list[str]
 
@@ -41,15 +39,6 @@ def templates() -> dict[str, str]:
     """By pool the text of its base job template, for those that have one."""
     files = {pool: TEMPLATES / f"{pool}.json" for pool in TYPES}
     return {pool: file.read_text() for pool, file in files.items() if file.is_file()}
-
-
-def gpus() -> int:
-    """How many GPUs the driver lists; 0 without a driver."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True, timeout=20)  # noqa: S607
-    except (OSError, subprocess.SubprocessError):
-        return 0
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
 def configure(client: SyncPrefectClient, wanted: Wanted) -> None:
@@ -65,7 +54,8 @@ def configure(client: SyncPrefectClient, wanted: Wanted) -> None:
             client.create_work_pool(WorkPoolCreate(name=pool, type=TYPES[pool], base_job_template=template))
         else:
             client.update_work_pool(pool, WorkPoolUpdate(base_job_template=template))
-    client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, max(1, wanted["gpus"]))
+    # Docker gives every container that asks for one GPU the first: infra/README.md tells what to do with several.
+    client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 1)
     settle(client, wanted)
 
 

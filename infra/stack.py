@@ -159,13 +159,13 @@ def _healthy(folder: Path, name: str, state: dict[str, Any], thoroughly: bool = 
 
 def _digest(stack: Stack) -> str:
     """Of all that Prefect is told: equal digests mean that it need not be told again."""
-    content = [pools.templates(), stack.environment, pools.gpus()]
+    content = [pools.templates(), stack.environment]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _configure(folder: Path, stack: Stack, first: bool) -> None:
     """Tell the Prefect server of pools and the rest. At first, runs of an earlier life are settled too."""
-    wanted: pools.Wanted = {"gpus": pools.gpus(), "living": [], "settle": []}
+    wanted: pools.Wanted = {"living": [], "settle": []}
     if first:
         found = processes.marked(place.identity(folder))
         in_containers = containers.runs(place.identity(folder), containers.engine())

@@ -33,7 +33,7 @@ def main() -> int:
     template = json.loads(pools.templates()["docker"])
     network, image = os.environ["ADAPTERLINE_NETWORK"], os.environ["ADAPTERLINE_JOB_IMAGE"]
     with get_client(sync_client=True) as client:
-        pools.configure(client, {"gpus": pools.gpus(), "living": [], "settle": []})
+        pools.configure(client, {"living": [], "settle": []})
         client.update_work_pool("docker", WorkPoolUpdate(base_job_template=joined(template, network, image)))
     return 0
 

@@ -118,7 +118,9 @@ def running(folder: Path, engine: DockerClient, base: Path) -> Iterator[Running]
     """Bring a stack up in `folder`, deploy this checkout to it, and take it down again."""
     from infra import folder as place
 
-    stack, here = folder / "stack", {**os.environ, "PYTHONPATH": str(ROOT)}
+    names = ("ADAPTERLINE_S3_PORT", "ADAPTERLINE_MLFLOW_PORT", "ADAPTERLINE_PREFECT_PORT")
+    ports = dict(zip(names, map(str, local.free_ports(len(names))), strict=True))  # other tests take the usual ones
+    stack, here = folder / "stack", {**os.environ, **ports, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "infra.local", "--folder", str(stack)]
     up = subprocess.run([*command, "up"], cwd=folder, env=here, capture_output=True, text=True, check=False)
     try:

@@ -110,7 +110,7 @@ def on_the_host(ports: dict[str, int], secrets: Path, image: str, toy: Path) -> 
     for service, port in usual.items():
         text = text.replace(f":{port}", f":{ports[service]}")
     found = json.loads(text)
-    del found["name"], found["networks"], found["services"]["postgres"], found["services"]["setup"]["deploy"]
+    del found["name"], found["networks"], found["services"]["postgres"], found["services"]["worker-docker"]["deploy"]
     names = [*found["services"], "postgres"]
     for name, service in found["services"].items():
         service.pop("ports", None)

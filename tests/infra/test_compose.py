@@ -100,8 +100,8 @@ def test_what_stays_up_is_restarted_and_has_a_health_check(name: str) -> None:
         assert service["image"].endswith(("server", "worker"))
 
 
-def test_only_setup_sees_gpus_and_the_cpu_file_takes_that_away() -> None:
-    assert [name for name, service in SERVICES.items() if "deploy" in service] == ["setup"]
+def test_only_the_docker_worker_sees_gpus_and_the_cpu_file_takes_that_away() -> None:
+    assert [name for name, service in SERVICES.items() if "deploy" in service] == ["worker-docker"]
     cpu = (INFRA / "compose" / "cpu.yaml").read_text()
     assert "deploy: !reset null" in cpu
     assert "cuda" not in cpu

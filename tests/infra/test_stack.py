@@ -185,8 +185,8 @@ def test_prefect_holds_no_secret(place: Place) -> None:
     assert [secret for secret in place.secrets() if secret in json.dumps(kept)] == []
 
 
-def test_prefect_limits_the_gpus(place: Place) -> None:
-    assert place.ask("v2/concurrency_limits/gpu")["limit"] >= 1
+def test_one_job_at_a_time_has_the_gpu(place: Place) -> None:
+    assert place.ask("v2/concurrency_limits/gpu")["limit"] == 1
 
 
 @pytest.mark.parametrize("path", ["/api/admin/version", "/api/work_pools/local"])

@@ -119,7 +119,7 @@ with get_client(sync_client=True) as client:
     folder.mkdir(exist_ok=True)
     (folder / "lease.json").write_text(json.dumps({"resource_ids": [str(held)], "metadata": {"slots": 1}}))
     (folder / "expirations.json").write_text("{}")
-    pools.settle(client, {"gpus": 1, "living": [], "settle": ["local"]})
+    pools.settle(client, {"living": [], "settle": ["local"]})
     print({limit.name: limit.active_slots for limit in client.read_global_concurrency_limits()})
 """
 
