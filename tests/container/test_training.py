@@ -139,9 +139,7 @@ def test_a_cancelled_job_is_not_tried_again(stack: Running) -> None:
     job = stack.spec(config, epochs=500)
 
     def cancel() -> None:
-        with stack.client() as client:
-            (run,) = (run for run in client.read_flow_runs(limit=5) if run.name.endswith(job.digest[:8]))
-            stack.command("prefect", "flow-run", "cancel", str(run.id))
+        stack.command("prefect", "flow-run", "cancel", str(stack.runs(job)[0].id))
 
     with pytest.raises(JobCancelled) as caught:
         stack.follow(config, job, Disturbed(cancel))
