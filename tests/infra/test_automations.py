@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import queue
@@ -42,13 +43,15 @@ class Receiver:
 
     def __init__(self) -> None:
         self.taken: queue.Queue[Notification] = queue.Queue()
-        taken = self.taken
+        self.heard = False
+        taken, whole = self.taken, self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:  # the name is http.server's
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 assert self.headers["Content-Type"] == "application/json"
                 taken.put(json.loads(body))
+                whole.heard = True
                 self.send_response(204)
                 self.end_headers()
 
@@ -80,10 +83,24 @@ def receiver(client: SyncPrefectClient) -> Iterator[Receiver]:
     thread = threading.Thread(target=receiver.server.serve_forever)
     thread.start()
     automations.apply(client, automations.load(), automations.webhook(client, receiver.url))
+    _awake(receiver)
     yield receiver
     receiver.server.shutdown()
     thread.join()
     receiver.server.server_close()
+
+
+def _awake(receiver: Receiver) -> None:
+    """Until the server heeds its new automations: it loads them a moment after they were made."""
+    for _ in range(30):
+        gate("awake", "fail")
+        with contextlib.suppress(queue.Empty):
+            receiver.taken.get(timeout=4)
+            while True:  # what earlier calls led to, late
+                receiver.taken.get(timeout=2)
+        if receiver.heard:
+            return
+    raise AssertionError("no automation ever answered")
 
 
 def gate(model: str, verdict: Verdict) -> None:
