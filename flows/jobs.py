@@ -48,7 +48,7 @@ def cores() -> int:
     """Cores for one job where its flow runs: what its container is limited to, or half of the machine.
 
     The baseline and the adapter train at the same time, often on one machine, and threads of two jobs that want the
-    same cores wait for each other in vain: measured, both took eight times as long.
+    same cores wait for each other in vain: measured, both took six times as long.
     """
     machine = len(os.sched_getaffinity(0))
     quotas = [quota for path in CPU_QUOTAS if (quota := _quota(Path(path)))]

@@ -6,6 +6,10 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from docker.models.containers import Container
 
 LABEL = "adapterline.stack"
 RUN_LABEL = "io.prefect.flow-run-id"
@@ -22,6 +26,12 @@ def engine() -> dict[str, str]:
 
 def runs(identity: str, where: Mapping[str, str]) -> set[str] | None:
     """Flow runs that have a container, running or ended; None when no engine answers."""
+    found = _all(identity, where)
+    return None if found is None else {run for each in found if (run := each.labels.get(RUN_LABEL))}
+
+
+def _all(identity: str, where: Mapping[str, str]) -> list[Container] | None:
+    """The stack's containers, running or ended; None when no engine answers."""
     if importlib.util.find_spec("docker") is None:
         return None
     import docker
@@ -30,25 +40,22 @@ def runs(identity: str, where: Mapping[str, str]) -> set[str] | None:
 
     try:
         client = docker.from_env(environment=dict(where), timeout=ANSWER_S)
-        found = client.containers.list(all=True, filters={"label": f"{LABEL}={identity}"}, ignore_removed=True)
-        return {run for container in found if (run := container.labels.get(RUN_LABEL))}
+        found: list[Container] = client.containers.list(
+            all=True, filters={"label": f"{LABEL}={identity}"}, ignore_removed=True
+        )
     except (DockerException, RequestException):
         return None
+    return found
 
 
 def remove(identity: str, where: Mapping[str, str]) -> list[str] | None:
     """Stop and remove all containers of the stack. Returns what stays, and why; None when no engine answers."""
-    if importlib.util.find_spec("docker") is None:
+    found = _all(identity, where)
+    if found is None:
         return None
-    import docker
     from docker.errors import APIError, DockerException
     from requests import RequestException
 
-    try:
-        client = docker.from_env(environment=dict(where), timeout=ANSWER_S)
-        found = client.containers.list(all=True, filters={"label": f"{LABEL}={identity}"}, ignore_removed=True)
-    except (DockerException, RequestException):
-        return None
     left = []
     for container in found:
         try:
