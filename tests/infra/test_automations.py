@@ -80,7 +80,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClie
 def receiver(client: SyncPrefectClient) -> Iterator[Receiver]:
     """Where the server notifies."""
     receiver = Receiver()
-    thread = threading.Thread(target=receiver.server.serve_forever)
+    thread = threading.Thread(target=receiver.server.serve_forever, daemon=True)
     thread.start()
     automations.apply(client, automations.load(), automations.webhook(client, receiver.url))
     _awake(receiver)
