@@ -1,107 +1,192 @@
-"""The adapted module: what was there, and bottlenecks beside it."""
+"""The adapted module: what ends a sub-layer, and the adapters that work on its output."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers.activations import ACT2FN
 
+from components.adapters.bottleneck import Bottleneck, Norm
 from components.adapters.config import BottleneckConfig
+from components.adapters.drop import Draw
+from components.adapters.fusion import Fusion, make
+from components.adapters.phm import Rule
+from components.adapters.stream import Stream, remember, stand_in
 from components.errors import ConfigError
 
+BASE = "__base__"  # PEFT's name for rows without an adapter
 
-class Bottleneck(nn.Module):
-    """up(f(down(x))), without the residual. x: (batch, tokens, hidden), and so is the result."""
 
-    def __init__(self, hidden: int, config: BottleneckConfig) -> None:
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """What PEFT switches, freezes and deletes by an adapter's name."""
+
+    _disable_adapters: bool
+    merged_adapters: list[str]
+
+    def __init__(self) -> None:
         super().__init__()
-        size = int(hidden // config.reduction_factor) if config.reduction_factor > 0 else 0
-        if size < 1:
-            raise ConfigError(
-                f"a reduction factor above 0 and at most the hidden size, {hidden}",
-                f"{config.reduction_factor}",
-                "set adapter.bottleneck.reduction_factor",
-            )
-        activations = {"leakyrelu": "leaky_relu"}
-        self.dropout = nn.Dropout(config.dropout)
-        self.down = nn.Linear(hidden, size)
-        self.activation = ACT2FN[activations.get(config.non_linearity, config.non_linearity)]
-        self.up = nn.Linear(size, hidden)
-        # LoRA-like, as He et al. 2022 (https://arxiv.org/abs/2110.04366): the adapter starts as the identity.
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.down.bias)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.up(self.activation(self.down(self.dropout(x))))
-        return output
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters = []
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """Wraps the module that an adapter follows. With several active adapters their contributions add up."""
+class SharedParts(AdapterLayer):
+    """What the layers of one adapter share: Compacter's rule, the network behind prefixes."""
 
-    adapter_layer_names = ("bottleneck_adapters",)
+    adapter_layer_names = ("bottleneck_parts",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bottleneck_parts = nn.ModuleDict()
+
+
+class Site(AdapterLayer):
+    """Wraps the module that computes h, the sub-layer's output. x: its residual input, norm: that of their sum.
+
+    An adapter makes h' of h, x and norm, and the model goes on as it always did, with norm(h' + x). With several active
+    adapters their changes of h add up. All tensors: (batch, tokens, hidden).
+    """
+
+    adapter_layer_names = ("bottleneck_adapters", "bottleneck_fusions")
 
     base_layer: Any  # a module; torch types attributes of modules too widely to call them
     bottleneck_adapters: Any
+    bottleneck_fusions: Any
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, parent: nn.Module, entry: str, norm: str | None, index: int) -> None:
+        """parent: the transformer layer; entry and norm are paths below it. index: its number, from 0."""
         super().__init__()
         self.base_layer = base_layer
         self.bottleneck_adapters = nn.ModuleDict()
-        self._disable_adapters = False
-        self._active_adapter: list[str] = []
-        self.merged_adapters: list[str] = []
+        self.bottleneck_fusions = nn.ModuleDict()
+        self.index = index
+        self.draw: Draw | None = None
+        self.stream = Stream()
+        self._parent = (parent,)  # in a tuple it is no sub-module of its own sub-module
+        self._norm_path = norm
+        self._hooks = [remember(self.stream, parent.get_submodule(entry))]
+        if norm:
+            self._hooks.append(stand_in(self.stream, parent.get_submodule(norm)))
 
-    @property
-    def hidden(self) -> int:
-        raise NotImplementedError
+    def update_layer(
+        self, name: str, config: BottleneckConfig, hidden: int, active: Sequence[str], shared: Rule | None, draw: Draw
+    ) -> None:
+        """Add an adapter or a fusion, drawn from the current random state."""
+        self.draw = draw
+        like = next(self._parent[0].parameters())
+        if config.fuse:
+            children = [child for child in config.fuse if child in self.bottleneck_adapters]
+            self.bottleneck_fusions[name] = make(hidden, children, config).to(like.device, like.dtype)
+        else:
+            bottleneck = Bottleneck(hidden, self.index, config, shared)
+            self.bottleneck_adapters[name] = bottleneck.to(like.device, like.dtype)
+        self.set_adapter(list(active), inference_mode=config.inference_mode)
 
-    def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
-        """Add an adapter, drawn from the current random state."""
-        self.bottleneck_adapters[adapter_name] = Bottleneck(self.hidden, config)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """adapter_names: one a row, as PEFT passes them for batches of several adapters."""
+        output = self.base_layer(*args, **kwargs)
+        h, *rest = output if isinstance(output, tuple) else (output,)
+        x = self.stream.take()
+        if adapter_names is not None:
+            h = self._mixed(h, x, adapter_names)
+        else:
+            names = [] if self.disable_adapters else [name for name in self.active_adapters if self.carries(name)]
+            h, self.stream.result = self._adapted(h, x, names)
+        return (h, *rest) if isinstance(output, tuple) else h
 
-    def contribution(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Sum of the active adapters' outputs, in the dtype of x; None when there are none."""
-        if self.disable_adapters:
+    def carries(self, name: str) -> bool:
+        """Does this adapter work here, in this step?"""
+        part = self._part(name)
+        if part is None:
+            return False
+        drawn = self.draw.layers if self.draw and part.training and part.config.drop_range else None
+        return self.index >= (part.config.drop_layers if drawn is None else drawn)
+
+    def _part(self, name: str) -> Bottleneck | Fusion | None:
+        for container in (self.bottleneck_adapters, self.bottleneck_fusions):
+            if name in container:
+                part: Bottleneck | Fusion = container[name]
+                return part
+        return None
+
+    def _adapted(
+        self, h: torch.Tensor, x: torch.Tensor, names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """h', and what stands in for norm(h' + x) where the adapter comes after it."""
+        if not names:
+            return h, None
+        outputs = [self._output(name, h, x) for name in names]
+        after = [self._config(name).original_ln_after for name in names]
+        if all(after):
+            changed = outputs[0] if len(outputs) == 1 else h + torch.stack([each - h for each in outputs]).sum(0)
+            return changed.to(h.dtype), None
+        if len(names) > 1:
+            raise ConfigError("one active adapter behind the layer norm", ", ".join(names), "activate one of them")
+        if self._norm_path is None:
+            return (outputs[0] - x).to(h.dtype), None
+        return h, outputs[0].to(h.dtype)
+
+    def _mixed(self, h: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+        """h' where each row has an adapter of its own, or none."""
+        changed, result = h.clone(), torch.empty_like(h)
+        stands_in = False
+        for name in dict.fromkeys(names):
+            rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=h.device)
+            known = [name] if name != BASE and self.carries(name) else []
+            changed[rows], after = self._adapted(h[rows], x[rows], known)
+            stands_in |= after is not None
+            norm = self._norm(name)
+            if norm:
+                result[rows] = norm(changed[rows] + x[rows]) if after is None else after
+        if stands_in and isinstance(self._parent[0].get_submodule(str(self._norm_path)), ModulesToSaveWrapper):
+            raise ConfigError(
+                "in one batch, adapters that train layer norms or adapters behind them",
+                ", ".join(dict.fromkeys(names)),
+                "run them one after the other",
+            )
+        self.stream.result = result if stands_in else None
+        return changed
+
+    def _output(self, name: str, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The adapter's output, residual included, in the adapter's own dtype unless autocast chooses."""
+        part = self._part(name)
+        norm = self._norm(name)
+        if isinstance(part, Bottleneck):
+            h, x = _like(part, h), _like(part, x)
+            return part(*part.reads(h, x, norm))  # type: ignore[no-any-return]  # of a module's call
+        children = [self.bottleneck_adapters[child] for child in part.children_names]
+        h, x = _like(children[-1], h), _like(children[-1], x)
+        read, residual = children[-1].reads(h, x, norm)
+        return part(read, torch.stack([child.raised(read) for child in children], dim=2), residual)  # type: ignore
+
+    def _config(self, name: str) -> BottleneckConfig:
+        part = self._part(name)
+        if isinstance(part, Fusion):
+            part = self.bottleneck_adapters[part.children_names[-1]]
+        return part.config
+
+    def _norm(self, name: str) -> Norm | None:
+        """The layer norm of the residual sum: the adapter's own copy where it has one."""
+        if self._norm_path is None:
             return None
-        total: torch.Tensor | None = None
-        for name in self.active_adapters:
-            if name in self.bottleneck_adapters:
-                adapter = self.bottleneck_adapters[name]
-                part = adapter(x if torch.is_autocast_enabled(x.device.type) else x.to(adapter.down.weight.dtype))
-                total = part if total is None else total + part
-        return None if total is None else total.to(x.dtype)
+        norm = self._parent[0].get_submodule(self._norm_path)
+        if not isinstance(norm, ModulesToSaveWrapper):
+            return norm
+        return norm.modules_to_save[name] if name in norm.modules_to_save else norm.original_module
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
+        """The wrapped module as it was. Raises ConfigError for merging: a non-linear adapter is no matrix."""
+        if merge:
+            raise ConfigError("a linear adapter to merge", "bottlenecks with an activation", "call unload() instead")
+        for hook in self._hooks:
+            hook.remove()
+        base: nn.Module = self.base_layer
+        return base
 
 
-class AfterDense(BottleneckLayer):
-    """Houlsby's place: h + adapter(h), before the residual sum. Wraps the dense module that computes h."""
-
-    @property
-    def hidden(self) -> int:
-        return int(self.get_base_layer().out_features)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        h: torch.Tensor = self.base_layer(x, *args, **kwargs)
-        added = self.contribution(h)
-        return h if added is None else h + added
-
-
-class AfterNorm(BottleneckLayer):
-    """Pfeiffer's place: norm(s + adapter(norm(s))), s being the residual sum. Wraps the layer norm."""
-
-    @property
-    def hidden(self) -> int:
-        return int(self.get_base_layer().normalized_shape[-1])
-
-    def forward(self, s: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        normed: torch.Tensor = self.base_layer(s, *args, **kwargs)
-        added = self.contribution(normed)
-        return normed if added is None else self.base_layer(s + added, *args, **kwargs)
+def _like(bottleneck: Bottleneck, x: torch.Tensor) -> torch.Tensor:
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(bottleneck.dtype)

@@ -1,50 +1,161 @@
-"""The tuner: puts bottleneck layers where the model family's table says."""
+"""The tuner: puts adapters where the model family's table says."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from components.adapters import places, prefix
 from components.adapters.config import PEFT_TYPE, BottleneckConfig
-from components.adapters.layer import AfterDense, AfterNorm, BottleneckLayer
-from components.adapters.places import layer_names, of_family
+from components.adapters.drop import Draw, draw
+from components.adapters.layer import BASE, AdapterLayer, SharedParts, Site
+from components.adapters.phm import Rule
 from components.errors import ConfigError
+
+SHARED = "shared_of_adapters"  # PEFT passes over names that hold its prefix when it deletes an adapter
+
+
+@dataclass(frozen=True)
+class Spot:
+    """One site of this very model: names are full names of modules."""
+
+    layer: str
+    index: int
+    site: places.Site
+    key: str  # the configuration's switch: mh_adapter, cross_adapter or output_adapter
+
+    @property
+    def exit(self) -> str:
+        return f"{self.layer}.{self.site.exit}"
 
 
 class BottleneckModel(BaseTuner):
-    """Made by `peft.get_peft_model(model, BottleneckConfig(...))`."""
+    """Made by `peft.get_peft_model(model, BottleneckConfig(...))`.
+
+    Not for calls from several threads at once while `adapter_names` are given; else a model may be shared.
+    """
 
     prefix = "bottleneck_"
-    tuner_layer_cls = BottleneckLayer
+    tuner_layer_cls = AdapterLayer
+
+    def _pre_injection_hook(self, model: nn.Module, config: BottleneckConfig, adapter_name: str) -> None:
+        """Make what the layers of this adapter share, before they are made."""
+        if not hasattr(model, SHARED):
+            model.requires_grad_(False)  # PEFT takes the shared parts for an earlier adapter, and would not
+            setattr(model, SHARED, SharedParts())
+            self._draw = Draw()
+        parts = nn.ModuleDict()
+        if config.phm_layer and not config.fuse:
+            parts["rule"] = Rule(config)
+        if config.prefix_length:
+            parts.update(self._prefixes(config))
+            prefix.install(model)
+        if config.drop_range:
+            self._require_depth(config.drop_range[1])
+            model.register_forward_pre_hook(partial(draw, self._draw, *config.drop_range))
+        if len(parts):
+            like = next(model.parameters())
+            self._shared.bottleneck_parts[adapter_name] = parts.to(like.device, like.dtype)
+
+    @property
+    def _shared(self) -> Any:
+        return getattr(self.model, SHARED)
+
+    def _prefixes(self, config: BottleneckConfig) -> dict[str, nn.Module]:
+        """The prefixes of every kind of attention in the model, and a slot in each attention module."""
+        about = self.model.config
+        heads = getattr(about, "num_key_value_heads", None) or about.num_attention_heads
+        features = getattr(about, "head_dim", None) or getattr(about, "d_kv", None)
+        width = heads * (features or about.hidden_size // about.num_attention_heads)
+        made: dict[str, nn.Module] = {}
+        for part, attending in places.attentions(self.model, self._stacks(config)).items():
+            kept = [index for index, _ in attending if index not in config.leave_out]
+            made[part] = prefix.Prefix(kept, about.hidden_size, heads, width, config)
+            for index, name in attending:
+                self.model.get_submodule(name).bottleneck_slot = prefix.Slot(self._shared, part, index)
+        return made
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Name the places of this model in the config: the wrapped modules, and the layer norms that are trained."""
-        if peft_config.target_modules is None:
-            peft_config.target_modules, norms = _targets(self.model, peft_config)
-            if norms:
-                peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *norms]
+        self._check_depth(peft_config)
+        if peft_config.fuse:
+            peft_config.target_modules = self._fused(peft_config)
+        elif peft_config.target_modules is None:
+            spots = [spot for spot in self._spots(peft_config) if getattr(peft_config, spot.key)]
+            spots = [spot for spot in spots if spot.index not in peft_config.leave_out]
+            peft_config.target_modules = [spot.exit for spot in spots] or DUMMY_TARGET_MODULES
+            if peft_config.train_layer_norm:
+                norms = [f"{spot.layer}.{spot.site.norm or spot.site.entry}" for spot in spots]
+                peft_config.modules_to_save = [
+                    *(peft_config.modules_to_save or []), *filter(self._is_norm, dict.fromkeys(norms))
+                ]  # fmt: skip
         return peft_config
 
-    def _check_new_adapter_config(self, config: BottleneckConfig) -> None:
-        """A layer norm is wrapped by one adapter or trained by another: PEFT keeps one wrapper a module."""
-        super()._check_new_adapter_config(config)
-        configs = self.peft_config.values()
-        if any(other.original_ln_before for other in configs) and any(other.train_layer_norm for other in configs):
+    def _stacks(self, config: BottleneckConfig) -> tuple[places.Stack, ...]:
+        return places.of_model(self.model, config.places)
+
+    def _spots(self, config: BottleneckConfig) -> list[Spot]:
+        found = []
+        for index, (layer, stack) in enumerate(places.layers(self.model, self._stacks(config))):
+            for key, site in (
+                ("mh_adapter", stack.attention), ("cross_adapter", stack.cross), ("output_adapter", stack.output)
+            ):  # fmt: skip
+                if site is not None:
+                    found.append(Spot(layer, index, site, key))
+        return found
+
+    def _is_norm(self, name: str) -> bool:
+        shapes = [parameter.ndim for parameter in self.model.get_submodule(name).parameters()]
+        return bool(shapes) and max(shapes) == 1
+
+    def _check_depth(self, config: BottleneckConfig) -> None:
+        depth = len(places.layers(self.model, self._stacks(config)))
+        wrong = sorted(index for index in config.leave_out if not 0 <= index < depth)
+        if wrong or len(set(config.leave_out)) == depth:
             raise ConfigError(
-                "adapters on one model that all read the layer norms, or all train them or leave them alone",
-                "original_ln_before (pfeiffer) beside train_layer_norm (houlsby)",
-                "load the base a second time for the other method",
+                f"layers to leave out among 0 to {depth - 1}, and not all of them",
+                ", ".join(map(str, config.leave_out)),
+                "correct leave_out",
             )
+
+    def _require_depth(self, layers: int) -> None:
+        depth = len(places.layers(self.model, places.of_model(self.model, None)))
+        if layers >= depth:
+            raise ConfigError(f"drop_range up to {depth - 1}", f"{layers}", "leave the last layer its adapter")
+
+    def _fused(self, config: BottleneckConfig) -> list[str]:
+        """The modules that carry the adapters to fuse."""
+        missing = [name for name in config.fuse or () if name not in self.peft_config]
+        if missing:
+            raise ConfigError(f"adapters {', '.join(config.fuse or ())}", f"no {', '.join(missing)}", "load them first")
+        for name in config.fuse or ():
+            child = self.peft_config[name]
+            if child.train_layer_norm or child.is_parallel or child.prefix_length:
+                raise ConfigError(
+                    "adapters to fuse that follow a sub-layer and train no layer norms",
+                    f"{name!r} that does otherwise",
+                    "fuse adapters of method pfeiffer",
+                )
+        names = [name for name, module in self.model.named_modules() if isinstance(module, Site)
+                 and any(child in module.bottleneck_adapters for child in config.fuse or ())]  # fmt: skip
+        return names
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Saved keys name no adapter, so that it can be loaded under any name; PEFT expects the name further right."""
-        container = ".bottleneck_adapters."
-        if f"{container}{adapter_name}." in key:
-            return key.replace(f"{container}{adapter_name}.", container)
+        for container in ("adapters", "fusions", "parts"):
+            if f".bottleneck_{container}.{adapter_name}." in key:
+                return key.replace(f".bottleneck_{container}.{adapter_name}.", f".bottleneck_{container}.")
         plain: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return plain
 
@@ -58,37 +169,94 @@ class BottleneckModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, BottleneckLayer):
-            target.update_layer(adapter_name, peft_config)
+        site = target if isinstance(target, Site) else self._site(peft_config, target, current_key)
+        parts = self._shared.bottleneck_parts
+        rule = parts[adapter_name]["rule"] if adapter_name in parts and "rule" in parts[adapter_name] else None
+        hidden = self.model.config.hidden_size
+        site.update_layer(adapter_name, peft_config, hidden, self.active_adapters, rule, self._draw)
+        if site is not target:
+            setattr(parent, target_name, site)
+
+    def _site(self, config: BottleneckConfig, target: nn.Module, name: str) -> Site:
+        spots = {spot.exit: spot for spot in self._spots(config)}
+        if name not in spots:
+            raise ConfigError(
+                f"target modules among the ends of sub-layers, e.g. {next(iter(spots))}", name, "leave target_modules out"
+            )
+        spot = spots[name]
+        return Site(target, self.model.get_submodule(spot.layer), spot.site.entry, spot.site.norm, spot.index)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's own expects a module with a weight; the end of a sub-layer may be a dropout."""
+        setattr(parent, child_name, new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+        if hasattr(model, SHARED):
+            delattr(model, SHARED)
+        for module in model.modules():
+            module.__dict__.pop("bottleneck_slot", None)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """For the length of one forward: `adapter_names` tells each row's adapter, "__base__" for none.
+
+        Raises ConfigError for an unknown name, while training, and for adapters with prefixes.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
             return
-        layer = (AfterNorm if isinstance(target, nn.LayerNorm) else AfterDense)(target)
-        layer.set_adapter(self.active_adapters)
-        layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        self._check_rows(list(names))
+        handles = []
+        for module in self.model.modules():
+            if isinstance(module, Site):
+                handles.append(module.register_forward_pre_hook(partial(_with_names, list(names)), with_kwargs=True))
+            elif isinstance(module, ModulesToSaveWrapper):
+                handles.append(module.register_forward_hook(partial(_by_rows, list(names)), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_rows(self, names: list[str]) -> None:
+        unknown = sorted(set(names) - {BASE, *self.peft_config})
+        if unknown:
+            raise ConfigError(
+                f"adapters among {', '.join(self.peft_config)} or {BASE}", ", ".join(unknown), "load them first"
+            )
+        if self.training:
+            raise ConfigError("a model in eval mode for rows of several adapters", "training mode", "call eval()")
+        if any(self.peft_config[name].prefix_length for name in set(names) - {BASE}):
+            raise ConfigError("adapters without prefixes in one batch", "prefixes", "run those one at a time")
 
 
-def _targets(model: Any, config: BottleneckConfig) -> tuple[list[str], list[str]]:
-    """Names of the modules to wrap and of the layer norms to train."""
-    places = of_family(model.config.model_type)
-    layers = layer_names(model, places)
-    wrong = sorted(index for index in config.leave_out if not 0 <= index < len(layers))
-    if wrong or len(set(config.leave_out)) == len(layers):
-        raise ConfigError(
-            f"layers to leave out among 0 to {len(layers) - 1}, and not all of them",
-            ", ".join(map(str, config.leave_out)),
-            "correct adapter.bottleneck.leave_out",
-        )
-    kept = [name for index, name in enumerate(layers) if index not in config.leave_out]
-    spots: list[tuple[str, str]] = []
-    if config.mh_adapter:
-        spots.append((places.attention_dense, places.attention_norm))
-    if config.output_adapter:
-        spots.append((places.output_dense, places.output_norm))
-    targets = [f"{layer}.{norm if config.original_ln_before else dense}" for layer in kept for dense, norm in spots]
-    norms = [f"{layer}.{norm}" for layer in kept for _, norm in spots] if config.train_layer_norm else []
-    return targets, norms
+def _with_names(
+    names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": names}
+
+
+def _by_rows(
+    names: list[str], wrapper: ModulesToSaveWrapper, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
+) -> torch.Tensor:
+    """Each row by its adapter's own copy of the module; PEFT's does so for linear ones alone.
+
+    Where the copies differ in size, as heads of tasks do, -inf fills the rows of the smaller ones.
+    """
+    x, *rest = args
+    made = {}
+    for name in dict.fromkeys(names):
+        rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
+        own = wrapper.modules_to_save[name] if name in wrapper.modules_to_save else wrapper.original_module
+        made[name] = rows, own(x[rows], *rest, **kwargs)
+    widest = max(part.shape[-1] for _, part in made.values())
+    mixed = output.new_full((*output.shape[:-1], widest), -torch.inf)
+    for rows, part in made.values():
+        mixed[rows, ..., : part.shape[-1]] = part
+    return mixed
 
 
 def register() -> None:
@@ -101,38 +269,3 @@ def register() -> None:
         (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, BottleneckModel.prefix),
     ):
         table[PEFT_TYPE] = entry
-
-
-def trainable_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """The trained parameters by what they are: `body` (bottlenecks), `layer_norm`, `head`.
-
-    For a model without adapters, fully fine-tuned, `body` is the transformer except its layer norms.
-    """
-    from transformers import PreTrainedModel
-
-    norms = {
-        f"{name}.{key}" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)
-        for key, _ in module.named_parameters(recurse=False)
-    }  # fmt: skip
-    prefix = model.base_model_prefix if isinstance(model, PreTrainedModel) else None
-    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"body": [], "layer_norm": [], "head": []}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name in norms:
-            groups["layer_norm"].append((name, parameter))
-        elif f".{BottleneckModel.prefix}" in name or (prefix and name.startswith(f"{prefix}.")):
-            groups["body"].append((name, parameter))
-        else:
-            groups["head"].append((name, parameter))
-    return groups
-
-
-def dropouts(model: nn.Module) -> list[nn.Dropout]:
-    """The adapters' own dropout modules: all that behaves differently while an adapter trains on a frozen base."""
-    found: list[Any] = [
-        module
-        for name, module in model.named_modules()
-        if f".{BottleneckModel.prefix}" in name and isinstance(module, nn.Dropout)
-    ]
-    return found

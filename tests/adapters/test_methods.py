@@ -1,0 +1,227 @@
+"""What every bottleneck method must be on every family: nothing at first, apart from the base, whole when loaded."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from components.adapters import METHODS
+from components.adapters.layer import Site
+from components.errors import ConfigError
+from tests.adapters.architectures import FAMILIES, HIDDEN, LAYERS, SEQ2SEQ, inputs, tiny
+
+SHAPE: dict[str, dict[str, Any]] = {  # what fits a hidden size of 16
+    **{method: {"reduction_factor": 4} for method in METHODS},
+    "mam": {"reduction_factor": 4, "prefix_length": 3, "prefix_bottleneck": 5},
+}
+OWN_ATTENTION = ("mpnet", "deberta-v2")  # their attention does not go through transformers' interface
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def adapted(family: str, method: str = "pfeiffer", name: str = "task", **settings: Any) -> PeftModel:
+    """A tiny model with a fresh adapter."""
+    if method == "mam" and family in OWN_ATTENTION:
+        pytest.skip(f"{family} computes attention by code of its own")
+    torch.manual_seed(1)
+    model = get_peft_model(tiny(family), METHODS[method](**{**SHAPE[method], **settings}), adapter_name=name)
+    return model.eval()  # type: ignore[no-any-return]  # PEFT's union
+
+
+def stir(model: torch.nn.Module, seed: int = 2) -> None:
+    """Random values for all that is trained."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
+
+
+@torch.no_grad()
+def hidden(model: torch.nn.Module, family: str, **more: Any) -> torch.Tensor:
+    output: torch.Tensor = model(**inputs(family), **more).last_hidden_state
+    return output
+
+
+@every_family
+@every_method
+def test_starts_as_the_base(family: str, method: str) -> None:
+    """Prefixes take part in attention from the start: they cannot."""
+    model = adapted(family, method)
+    same = torch.equal(hidden(model, family), hidden(tiny(family), family))
+    assert same != (method == "mam")
+
+
+@every_family
+@every_method
+def test_trained_it_differs_and_disabled_it_is_the_base(family: str, method: str) -> None:
+    base = hidden(tiny(family), family)
+    model = adapted(family, method)
+    stir(model)
+    assert not torch.allclose(hidden(model, family), base, atol=1e-2)
+    with model.disable_adapter():
+        assert torch.equal(hidden(model, family), base)
+
+
+@every_family
+@every_method
+def test_steps_leave_the_base_as_it_was(family: str, method: str) -> None:
+    model = adapted(family, method)
+    untouched = tiny(family).state_dict()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1)
+    before = hidden(model, family)
+    for _ in range(2):
+        model(**inputs(family)).last_hidden_state.pow(2).sum().backward()
+        assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+        optimizer.step()
+    assert not torch.allclose(hidden(model, family), before, atol=1e-3)
+    wrapped = {re.sub(r"base_model\.model\.|\.base_layer|\.original_module", "", name): tensor
+               for name, tensor in model.state_dict().items()}  # fmt: skip
+    assert all(torch.equal(wrapped[name], tensor) for name, tensor in untouched.items())
+
+
+@every_family
+@every_method
+def test_saved_and_loaded_it_is_the_same(family: str, method: str, tmp_path: Path) -> None:
+    model = adapted(family, method)
+    stir(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny(family), tmp_path / "task", adapter_name="other").eval()
+    assert torch.equal(hidden(loaded, family), hidden(model, family))
+
+
+@every_family
+@every_method
+def test_a_copy_of_the_model_is_the_same(family: str, method: str) -> None:
+    model = adapted(family, method)
+    stir(model)
+    assert torch.equal(hidden(copy.deepcopy(model), family), hidden(model, family))
+
+
+@every_family
+@every_method
+def test_adapters_do_not_touch_each_other(family: str, method: str) -> None:
+    """Added, switched and deleted, an adapter leaves the others' outputs alone."""
+    model = adapted(family, method, name="first")
+    stir(model)
+    first = hidden(model, family)
+    model.add_adapter("second", METHODS["pfeiffer"](reduction_factor=8))
+    assert torch.equal(hidden(model, family), first)
+    model.set_adapter("second")
+    stir(model, seed=3)
+    second = hidden(model, family)
+    assert not torch.allclose(second, first, atol=1e-2)
+    model.set_adapter("first")
+    assert torch.equal(hidden(model, family), first)
+    model.delete_adapter("first")
+    model.set_adapter("second")
+    assert torch.equal(hidden(model, family), second)
+
+
+@every_family
+@every_method
+def test_unloaded_it_is_the_base(family: str, method: str) -> None:
+    """PEFT hands over what is in modules_to_save, so norms are left out."""
+    model = adapted(family, method, train_layer_norm=False)
+    stir(model)
+    bare = model.unload()
+    assert torch.equal(hidden(bare, family), hidden(tiny(family), family))
+
+
+def expected(family: str, method: str) -> set[str]:
+    """Ends of the names that a method trains in one site, spelt out from its definition."""
+    dense = {f"{half}.{part}" for half in ("down", "up") for part in ("weight", "bias")}
+    phm = {f"{half}.{part}" for half in ("down", "up") for part in ("left", "right", "bias")}
+    return {
+        "pfeiffer": dense,
+        "houlsby": dense,
+        "parallel": dense,
+        "adapter-plus": dense | {"scaling"},
+        "compacter": phm,
+        "compacter-plus": phm,
+        "mam": dense,
+        "masked": dense | {"which_masked.weight", "which_masked.bias"},
+    }[method]
+
+
+@every_family
+@every_method
+def test_trains_what_the_method_says_and_no_more(family: str, method: str) -> None:
+    model = adapted(family, method)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = 1 if family == "albert" else LAYERS * (1 + (family in SEQ2SEQ))
+    sites = layers * (2 if method in ("houlsby", "compacter") else 1)
+    ends = sorted(name.split(".bottleneck_adapters.task.")[1] for name in trained if ".bottleneck_adapters." in name)
+    assert ends == sorted(end for end in expected(family, method) for _ in range(sites))
+    others = {name for name in trained if ".bottleneck_adapters." not in name}
+    parts = {name.split(".bottleneck_parts.task.")[1] for name in others if ".bottleneck_parts." in name}
+    if method.startswith("compacter"):
+        assert parts == {"rule.factors"}
+    elif method == "mam":
+        assert {name.split(".", 1)[1] for name in parts} == {
+            "inputs", "first.weight", "first.bias", "second.weight", "second.bias"
+        }  # fmt: skip
+    else:
+        assert not parts
+    norms = {name for name in others if ".modules_to_save.task." in name}
+    assert bool(norms) == (method == "houlsby")
+    assert others == norms | {name for name in others if ".bottleneck_parts." in name}
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_layers_left_out_carry_nothing(family: str) -> None:
+    model = adapted(family, "houlsby", leave_out=[0])
+    sites = {module.index for module in model.modules() if isinstance(module, Site)}
+    assert sites == set(range(1, LAYERS * (1 + (family in SEQ2SEQ))))
+
+
+def test_layers_left_out_of_a_deep_model_carry_nothing() -> None:
+    """PEFT rewrites lists of twenty and more module names: the places must survive that."""
+    model = get_peft_model(tiny("bert", num_hidden_layers=24), METHODS["pfeiffer"](leave_out=[0, 1, 12]))
+    sites = {module.index for module in model.modules() if isinstance(module, Site)}
+    assert sites == set(range(24)) - {0, 1, 12}
+
+
+def test_the_reduction_factor_may_differ_by_layer() -> None:
+    model = adapted("bert", reduction_factor={"1": 4, "default": 8})
+    sizes = {
+        module.index: module.bottleneck_adapters["task"].down.out_features
+        for module in model.modules()
+        if isinstance(module, Site)
+    }
+    assert sizes == {0: HIDDEN // 8, 1: HIDDEN // 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"reduction_factor": 17}, "reduction factor"),
+        ({"reduction_factor": 0}, "reduction factor"),
+        ({"reduction_factor": {"0": 2}}, "layer 1"),
+        ({"non_linearity": "relux"}, "activation"),
+        ({"scaling": "much"}, "scaling"),
+        ({"init_weights": "zero"}, "init_weights"),
+        ({"leave_out": [0, 1]}, "leave out"),
+        ({"leave_out": [2]}, "leave out"),
+        ({"output_adapter": False}, "mh_adapter"),
+        ({"residual_before_ln": "post_add", "original_ln_before": False}, "post_add"),
+        ({"phm_layer": True, "phm_dim": 3}, "phm_dim"),
+        ({"drop_range": [0, 2]}, "drop_range"),
+        ({"drop_range": [1, 0]}, "drop_range"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        get_peft_model(tiny("bert"), METHODS["pfeiffer"](**{"reduction_factor": 4, **settings}))
+
+
+def test_all_wrong_settings_are_told_together() -> None:
+    with pytest.raises(ConfigError, match=r"init_weights.*scaling"):
+        METHODS["pfeiffer"](init_weights="zero", scaling="much")
