@@ -8,18 +8,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from components import presets
 from components.errors import ConfigError
+from components.frozen import Frozen, Positive, Share
+from components.methods import AdapterConfig, AdapterMethod, Bottleneck, LearningRates, Lora, Method, Prefix, Schedule
+from components.presets import PRESETS, preset
 
-PRESETS = Path(__file__).parent.parent / "flows" / "presets"
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-AdapterMethod = Literal["pfeiffer", "houlsby"]
-Method = Literal["pfeiffer", "houlsby", "full"]
+# Also to be had from here, where all other parameters are.
+__all__ = ["PRESETS", "AdapterConfig", "AdapterMethod", "Bottleneck", "Frozen", "LearningRates", "Lora", "Method",
+           "Prefix", "Schedule", "preset"]  # fmt: skip
 
 
 def _label_name(value: Any) -> Any:
@@ -30,12 +31,6 @@ def _label_name(value: Any) -> Any:
 
 
 LabelName = Annotated[str, BeforeValidator(_label_name)]
-
-
-class Frozen(BaseModel):
-    """A value: unchangeable, and without room for a misspelt key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Columns(Frozen):
@@ -109,41 +104,6 @@ class BaseConfig(Frozen):
     name: str = Field("minilm", description="embedded model, local folder, or hub id (then with a revision)")
     revision: str | None = Field(None, description="commit of a hub model")
     weights_sha256: str | None = Field(None, description="pin; another digest is refused")
-
-
-class LearningRates(Frozen):
-    """Peak learning rates. `body` is the adapter's bottlenecks, or the whole transformer for `full`."""
-
-    body: float = Field(gt=0)
-    layer_norm: float = Field(gt=0)
-    head: float = Field(gt=0)
-
-
-class Schedule(Frozen):
-    """How long and how fast one job learns."""
-
-    epochs: Positive
-    patience: Positive = Field(2, description="epochs without a better validation score before stopping")
-    learning_rates: LearningRates
-
-
-class Bottleneck(Frozen):
-    """Shape of a bottleneck adapter; the words are AdapterHub's."""
-
-    reduction_factor: float = Field(16, gt=0, description="hidden size / bottleneck size")
-    non_linearity: Literal["relu", "gelu", "silu", "tanh", "leakyrelu"] = "relu"
-    dropout: float = Field(0.0, ge=0, lt=1)
-    leave_out: tuple[int, ...] = Field((), description="layers without adapter, counted from 0")
-
-
-class AdapterConfig(Frozen):
-    """The adapter job."""
-
-    method: AdapterMethod = "pfeiffer"
-    bottleneck: Bottleneck = Bottleneck()
-    schedule: Schedule = Schedule(
-        epochs=10, patience=3, learning_rates=LearningRates(body=1e-3, layer_norm=1e-3, head=1e-3)
-    )
 
 
 class BaselineConfig(Frozen):
@@ -250,28 +210,27 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RetrainConfi
 
     Raises ConfigError naming every wrong key at once.
     """
-    import yaml
+    return parse(presets.content(path), str(path), overrides)
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            "a readable YAML file", f"{type(error).__name__} in {path}", "check path and syntax"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError("a YAML mapping of parameters", f"{type(content).__name__} in {path}", "see flows/presets")
-    return parse(content, str(path), overrides)
+
+def load_preset(names: str, overrides: Mapping[str, Any] | None = None) -> RetrainConfig:
+    """A preset, or several joined with `+`, of which later ones win: `tweets+lora` is lora on the tweets.
+
+    Raises ConfigError that lists the ones there are, or names every wrong key at once.
+    """
+    content, origin = presets.joined(names)
+    return parse(content, origin, overrides)
 
 
 def settle(config: RetrainConfig | None, preset_name: str | None, overrides: Mapping[str, Any]) -> RetrainConfig:
-    """The parameters that a flow was given: a whole configuration or the name of a preset, with keys overridden.
+    """The parameters that a flow was given: a whole configuration or the names of presets, with keys overridden.
 
     Raises ConfigError when there are both or none, or a key is wrong.
     """
     if config is not None and preset_name is None:
         return parse(config.model_dump(mode="json"), "the flow's parameters", overrides) if overrides else config
     if config is None and preset_name is not None:
-        return load(preset(preset_name), overrides)
+        return load_preset(preset_name, overrides)
     raise ConfigError(
         "either config or preset",
         "both" if config else "neither",
@@ -293,15 +252,6 @@ def parse(content: dict[str, Any], origin: str, overrides: Mapping[str, Any] | N
     except ValidationError as error:
         problems = "; ".join(_problem(detail) for detail in error.errors())
         raise ConfigError("valid parameters", f"{problems} (in {origin})", "correct or remove these keys") from error
-
-
-def preset(name: str) -> Path:
-    """Path of a preset by name. Raises ConfigError that lists the ones there are."""
-    path = PRESETS / f"{name}.yaml"
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
-        raise ConfigError(f"a preset among {names}", repr(name), "choose one, or pass --config FILE")
-    return path
 
 
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
@@ -327,6 +277,7 @@ def _problem(detail: Any) -> str:
 def _nearest(location: tuple[str | int, ...]) -> str:
     model: Any = RetrainConfig
     for step in location[:-1]:
-        model = model.model_fields[step].annotation
-    close = difflib.get_close_matches(str(location[-1]), list(model.model_fields), 1)
+        kind = model.model_fields[step].annotation if step in getattr(model, "model_fields", {}) else None
+        model = next((each for each in (kind, *get_args(kind)) if hasattr(each, "model_fields")), None)
+    close = difflib.get_close_matches(str(location[-1]), list(getattr(model, "model_fields", {})), 1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -24,7 +24,7 @@ def main(flow: Callable[[RetrainConfig], str], arguments: list[str] | None = Non
         epilog="exit code: 0 registered or up to date, 2 the gate failed, 3 the test part is too small, 1 an error",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--preset", help="a ready parameter set of flows/presets")
+    what.add_argument("--preset", help="a ready parameter set of flows/presets, and a method if you like: tweets+lora")
     what.add_argument("--config", type=Path, help="your own YAML file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. gate.margin=0.02"
@@ -34,9 +34,8 @@ def main(flow: Callable[[RetrainConfig], str], arguments: list[str] | None = Non
     _listen(options.debug)
     local.interrupt_on_sigterm()
     try:
-        settings = config.load(
-            config.preset(options.preset) if options.preset else options.config, _overrides(options.set)
-        )
+        read = config.load_preset if options.preset else config.load
+        settings = read(options.preset or options.config, _overrides(options.set))
         with _servers() as stack, _terminal():
             _closing(settings, flow(settings), stack)
     except (AdapterlineError, local.StackError) as error:

@@ -1,6 +1,7 @@
 """Retrain one adapter and prove it: validate → split → baseline ∥ adapter → gate → register.
 
     python -m flows.retrain --preset tweets
+    python -m flows.retrain --preset tweets+lora
     python -m flows.retrain --config my.yaml --set gate.margin=0.02
     prefect deployment run retrain/nightly -p preset=tweets --watch
 
@@ -28,7 +29,8 @@ def retrain(
     """Register a new candidate of `config.model` if it passes the gate. Returns the version that answers,
     as models:/NAME/NUMBER.
 
-    config, or the name of a preset of flows/presets; overrides: dotted keys, e.g. {"gate.margin": 0.02}.
+    config, or a preset of flows/presets, with a method's if you like (tweets+lora); overrides: dotted keys, e.g.
+    {"gate.margin": 0.02}.
 
     Raises AdapterlineError; of these, GateFailed and GateInconclusive when the gate did not pass.
     """

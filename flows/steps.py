@@ -54,6 +54,8 @@ def _can_help(task: Any, task_run: Any, state: Any) -> bool:
 # verified and outlives any Prefect server; Prefect's own cache of results would be a second, unverified truth.
 STEP: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 RETRIED: dict[str, Any] = {**STEP, "retries": 2, "retry_delay_seconds": 10, "retry_condition_fn": _can_help}
+# What a run's page shows of a job's spec.
+SHOWN = {"method", "settings", "schedule", "training", "seed"}
 
 
 @task(**RETRIED, name="fetch")
@@ -89,10 +91,10 @@ def check(config: RetrainConfig) -> None:
     """Does the adapter fit the base, and the store the place where jobs run? Raises ConfigError with everything that
     does not, before anything is trained.
     """
-    from components.adapters.places import misfits
+    from components.adapters.methods import misfits
 
     base = base_model.find(config.base)
-    problems = misfits(base.path, config.adapter.bottleneck, config.training.max_tokens)
+    problems = misfits(base.path, config.adapter.method, config.adapter.settings, config.training.max_tokens)
     if config.compute.deployment and not storage.is_s3(config.registry.store):
         raise ConfigError(
             f"registry.store at s3:// for jobs in {config.compute.deployment}",
@@ -208,7 +210,7 @@ def train(spec: JobSpec, compute: ComputeConfig, run: Run) -> Trained:
             "training_seconds": measured["training_seconds"],
             "tokens_per_second": measured["tokens_per_second"],
         },
-        params=_flat(spec.model_dump(mode="json", include={"method", "bottleneck", "schedule", "training", "seed"})),
+        params=_flat(spec.model_dump(mode="json", include=SHOWN, exclude_none=True)),
         tags={"bundle_digest": manifest.digest, "reused": str(reused).lower()},
     )
     tracking.keep_history(run.tracking, run_id, measured["history"])  # the job sent them as it went, if it could

@@ -64,7 +64,7 @@ class Plan:
                 "base": self.base,
                 "data": DataRef(uri=split.split_uri, digest=split.split_digest),
                 "labels": self.labels,
-                "bottleneck": None if full else adapter.bottleneck,
+                "settings": None if full else adapter.settings,
                 "schedule": self.config.baseline.schedule if full else adapter.schedule,
                 "training": self.config.training,
                 "limits": self.limits,

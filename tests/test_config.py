@@ -10,8 +10,9 @@ import yaml
 from pydantic import ValidationError
 
 from components import config
-from components.config import PRESETS, Columns, RetrainConfig, SplitConfig
+from components.config import PRESETS, Bottleneck, Columns, RetrainConfig, SplitConfig
 from components.errors import ConfigError
+from components.methods import settings_of
 
 NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
 LEAST: dict[str, Any] = {"model": "toy", "data": {"source": "rows.csv"}}
@@ -97,7 +98,14 @@ def test_unknown_key_is_named_with_the_nearest_known_one(tmp_path: Path, content
     ("section", "values", "said"),
     [
         ("adapter", {"bottleneck": {"reduction_factor": 0}}, "adapter.bottleneck.reduction_factor: "),
+        ("adapter", {"bottleneck": {"reduction_factor": {"0": 8, "1": -1}}}, "adapter.bottleneck.reduction_factor: "),
+        ("adapter", {"bottleneck": {"reduction_factor": {"first": 8}}}, "name layers by number, or default"),
+        ("adapter", {"bottleneck": {"leave_out": ["x"]}}, "adapter.bottleneck.leave_out.0: "),
         ("adapter", {"method": "full"}, "adapter.method: "),
+        ("adapter", {"method": "lora", "bottleneck": {}}, "method lora reads adapter.lora: remove bottleneck"),
+        ("adapter", {"method": "ia3", "lora": {"r": 8}}, "method ia3 has no section of its own: remove lora"),
+        ("adapter", {"method": "lora", "lora": {"r": 0}}, "adapter.lora.r: "),
+        ("adapter", {"method": "prefix", "prefix": {"length": 0}}, "adapter.prefix.length: "),
         ("split", {"test": 0}, "split.test: "),
         ("split", {"test": 0.9, "validation": 0.1}, "at least 5 % for training"),
         ("split", {"near_duplicate_jaccard": 0.01}, "split.near_duplicate_jaccard: "),
@@ -151,6 +159,21 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 )
 def test_override_that_is_wrong_is_named(tmp_path: Path, key: str, value: str) -> None:
     assert key in refused(tmp_path, LEAST, {key: value}).found
+
+
+@pytest.mark.parametrize("factors", [{0: 8, "default": 2}, {"0": 8, "default": 2.0}])
+def test_reduction_factors_are_by_layer_too(factors: Any) -> None:
+    bottleneck = RetrainConfig.model_validate(merged("adapter", {"bottleneck": {"reduction_factor": factors}})).adapter
+    assert bottleneck.settings == Bottleneck(reduction_factor={"0": 8.0, "default": 2.0})
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix", "parallel"])
+def test_the_method_alone_can_be_changed_afterwards(method: str) -> None:
+    """As Prefect's form and overrides do with whole parameters."""
+    plain = RetrainConfig.model_validate(LEAST)
+    changed = config.settle(plain, None, {"adapter.method": method})
+    assert changed.adapter.method == method
+    assert changed.adapter.settings == settings_of(method)
 
 
 def test_whole_number_labels_are_names() -> None:

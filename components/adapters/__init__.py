@@ -1,8 +1,9 @@
-"""Adapters as PEFT methods. Importing this package registers the method "BOTTLENECK" with PEFT."""
+"""Adapters as PEFT methods. Importing this package registers the methods "BOTTLENECK" and "BITFIT" with PEFT."""
 
+from components.adapters.bitfit import BitFitConfig
 from components.adapters.config import METHODS, BottleneckConfig
 from components.adapters.model import BottleneckModel, register
 
 register()
 
-__all__ = ["METHODS", "BottleneckConfig", "BottleneckModel"]
+__all__ = ["METHODS", "BitFitConfig", "BottleneckConfig", "BottleneckModel"]

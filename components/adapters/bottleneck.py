@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
 from components.adapters.config import BottleneckConfig
-from components.adapters.phm import PHM, Rule
+from components.adapters.phm import PHM
 from components.errors import ConfigError
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
@@ -25,14 +25,19 @@ class Bottleneck(nn.Module):
     All tensors: (batch, tokens, hidden).
     """
 
-    def __init__(self, hidden: int, layer: int, config: BottleneckConfig, rule: Rule | None = None) -> None:
+    def __init__(
+        self, hidden: int, layer: int, config: BottleneckConfig, shared: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """layer: its number.  shared: what all layers of this adapter share, by name."""
         super().__init__()
         self.config = config
         size = _size(hidden, config.reduction_of(layer))
         self.ln_before = nn.LayerNorm(hidden) if config.ln_before else None
-        self.down = PHM(hidden, size, config, rule) if rule else nn.Linear(hidden, size)
+        self.down: PHM | nn.Linear
+        self.up: PHM | nn.Linear
+        self.down = PHM(hidden, size, "down", config, shared or {}) if config.phm_layer else nn.Linear(hidden, size)
         self.activation = _activation(config.non_linearity)
-        self.up = PHM(size, hidden, config, rule) if rule else nn.Linear(size, hidden)
+        self.up = PHM(size, hidden, "up", config, shared or {}) if config.phm_layer else nn.Linear(size, hidden)
         shape = {"learned": 1, "channel": hidden}
         self.scaling = nn.Parameter(torch.ones(shape[config.scaling])) if isinstance(config.scaling, str) else None
         self.gate = nn.Linear(hidden, 1) if config.use_gating else None
@@ -99,7 +104,9 @@ def _size(hidden: int, reduction: float) -> int:
     size = int(hidden // reduction) if reduction > 0 else 0
     if size < 1:
         raise ConfigError(
-            f"a reduction factor above 0 and at most the hidden size, {hidden}", f"{reduction:g}", "set reduction_factor"
+            f"a reduction factor above 0 and at most the hidden size, {hidden}",
+            f"{reduction:g}",
+            "set reduction_factor",
         )
     return size
 
@@ -124,4 +131,4 @@ def _initialise(bottleneck: Bottleneck, kind: str) -> None:
     if kind == "mam":
         if isinstance(down, nn.Linear):
             nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-        nn.init.zeros_(up.weight if isinstance(up, nn.Linear) else up.right)
+        nn.init.zeros_(up.weight if isinstance(up, nn.Linear) else up.weights.last)

@@ -68,10 +68,18 @@ class BottleneckConfig(PeftConfig):
     phm_layer: bool = _words("projections are sums of Kronecker products: Compacter", False)
     phm_dim: int = _words("number of products in a sum", 4)
     phm_rank: int = _words("rank of the larger factor", 1)
-    phm_init_range: float = _words("spread of the small factors, shared by all layers, at the start", 0.0001)
+    phm_init_range: float = _words("spread of the small factors at the start, where layers share them", 0.0001)
+    shared_phm_rule: bool = _words("all layers share the small factors", True)
+    factorized_phm_rule: bool = _words("the small factors are of rank 1", False)
+    learn_phm: bool = _words("the small factors are trained", True)
+    shared_W_phm: bool = _words("all layers share the larger factors, too", False)  # noqa: N815  # AdapterHub's word
+    factorized_phm_W: bool = _words("the larger factors are of rank phm_rank", True)  # noqa: N815
 
     prefix_length: int = _words("learned keys and values in front of self-attention", 0)
     prefix_bottleneck: int | None = _words("hidden size of the network that makes them; none once folded", None)
+    encoder_prefix: bool = _words("in encoder-decoders, prefixes in the encoder", True)
+    cross_prefix: bool = _words("in encoder-decoders, prefixes in the attention to the encoder", True)
+    prefix_positions: bool = _words("in T5, prefixes take the first positions of the keys, as in AdapterHub", False)
 
     mask_rate: float = _words("share of bottleneck neurons masked while training", 0.0)
     mask_weight: float = _words("weight of the loss for telling which were masked", 0.1)
@@ -81,6 +89,7 @@ class BottleneckConfig(PeftConfig):
 
     fuse: list[str] | None = _words("adapters of this model that are composed: AdapterFusion", None)
     fusion: str = _words("dynamic, static (without value matrix), average or learned_average", "dynamic")
+    query_before_ln: bool = _words("a fusion is asked with the sub-layer's output, before the layer norm", False)
     fusion_weights: list[float] | None = _words("of a fixed average; equal by default", None)
 
     places: list[dict[str, Any]] | None = _words("where the modules are, for a family that is not known", None)
@@ -97,7 +106,11 @@ class BottleneckConfig(PeftConfig):
             raise ConfigError("settings of an adapter that fit together", "; ".join(problems), "correct them")
 
     def _problems(self) -> list[str]:
-        known = (("init_weights", INITIALISATIONS), ("fusion", FUSIONS), ("residual_before_ln", (True, False, "post_add")))
+        known = (
+            ("init_weights", INITIALISATIONS),
+            ("fusion", FUSIONS),
+            ("residual_before_ln", (True, False, "post_add")),
+        )
         problems = [f"{name} {getattr(self, name)!r}, not among {values}" for name, values in known
                     if getattr(self, name) not in values]  # fmt: skip
         if isinstance(self.scaling, str) and self.scaling not in ("learned", "channel"):
@@ -108,6 +121,8 @@ class BottleneckConfig(PeftConfig):
             problems.append("none of mh_adapter, output_adapter, cross_adapter and prefix_length")
         if self.phm_layer and self.phm_dim < 1:
             problems.append(f"phm_dim {self.phm_dim}, at least 1")
+        if self.phm_layer and self.shared_W_phm and isinstance(self.reduction_factor, Mapping):
+            problems.append("shared_W_phm with a reduction_factor by layer")
         if self.drop_range is not None and not (
             len(self.drop_range) == 2 and 0 <= self.drop_range[0] <= self.drop_range[1]
         ):
@@ -123,7 +138,9 @@ class BottleneckConfig(PeftConfig):
         found = self.reduction_factor.get(str(layer), self.reduction_factor.get("default"))
         if found is None:
             raise ConfigError(
-                f"a reduction factor for layer {layer}", f"{self.reduction_factor}", 'add a "default" to reduction_factor'
+                f"a reduction factor for layer {layer}",
+                f"{self.reduction_factor}",
+                'add a "default" to reduction_factor',
             )
         return float(found)
 

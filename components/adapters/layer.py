@@ -14,7 +14,6 @@ from components.adapters.bottleneck import Bottleneck, Norm
 from components.adapters.config import BottleneckConfig
 from components.adapters.drop import Draw
 from components.adapters.fusion import Fusion, make
-from components.adapters.phm import Rule
 from components.adapters.stream import Stream, remember, stand_in
 from components.errors import ConfigError
 
@@ -73,9 +72,9 @@ class Site(AdapterLayer):
             self._hooks.append(stand_in(self.stream, parent.get_submodule(norm)))
 
     def update_layer(
-        self, name: str, config: BottleneckConfig, hidden: int, active: Sequence[str], shared: Rule | None, draw: Draw
+        self, name: str, config: BottleneckConfig, hidden: int, active: Sequence[str], shared: Any, draw: Draw
     ) -> None:
-        """Add an adapter or a fusion, drawn from the current random state."""
+        """Add an adapter or a fusion, drawn from the current random state. shared: what its layers share, by name."""
         self.draw = draw
         like = next(self._parent[0].parameters())
         if config.fuse:
@@ -113,9 +112,7 @@ class Site(AdapterLayer):
                 return part
         return None
 
-    def _adapted(
-        self, h: torch.Tensor, x: torch.Tensor, names: list[str]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _adapted(self, h: torch.Tensor, x: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """h', and what stands in for norm(h' + x) where the adapter comes after it."""
         if not names:
             return h, None
@@ -161,7 +158,8 @@ class Site(AdapterLayer):
         children = [self.bottleneck_adapters[child] for child in part.children_names]
         h, x = _like(children[-1], h), _like(children[-1], x)
         read, residual = children[-1].reads(h, x, norm)
-        return part(read, torch.stack([child.raised(read) for child in children], dim=2), residual)  # type: ignore
+        query = h if part.config.query_before_ln else read
+        return part(query, torch.stack([child.raised(read) for child in children], dim=2), residual)  # type: ignore
 
     def _config(self, name: str) -> BottleneckConfig:
         part = self._part(name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peft import IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import constants
 
 from components.adapters import bitfit
@@ -144,8 +146,8 @@ def misfits(base: Path, method: str, settings: Settings | None, max_tokens: int)
         length = settings.length if isinstance(settings, Prefix) else 0
         longest = places.positions(config)
         beside = f" beside {length} of the prefix" if length else ""
-        fits = max_tokens + length <= longest
-        problems = [] if fits else [f"training.max_tokens: {max_tokens}{beside}, at most the base's {longest} positions"]
+        problem = f"training.max_tokens: {max_tokens}{beside}, at most the base's {longest} positions"
+        problems = [problem] if max_tokens + length > longest else []
     return problems or _unbuildable(config, method, settings)
 
 
@@ -183,14 +185,16 @@ KNOWN: dict[str, frozenset[str]] = {
 
 def load_config(folder: Path) -> PeftConfig:
     """The PEFT config of a bundle, ready for use. Raises BundleError when it is of no method of ours."""
-    config = PeftConfig.from_pretrained(folder)
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    content = json.loads((folder / constants.CONFIG_NAME).read_bytes())
+    kind = content.get("peft_type")
     if kind not in KNOWN:
-        raise BundleError(f"an adapter of type {', '.join(KNOWN)}", kind, "do not use this bundle")
-    strange = [field.name for field in fields(config)
-               if field.name not in KNOWN[kind] and getattr(config, field.name) != _default(field)]  # fmt: skip
+        raise BundleError(f"an adapter of type {', '.join(KNOWN)}", f"{kind}", "do not use this bundle")
+    usual = {field.name: _default(field) for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    strange = [name for name, value in content.items()
+               if name not in KNOWN[kind] and (name not in usual or usual[name] != value)]  # fmt: skip
     if strange:
         raise BundleError(f"settings of {kind} that jobs write", f"also {', '.join(strange)}", "do not use this bundle")
+    config = PeftConfig.from_pretrained(folder)
     config.inference_mode = True
     return config
 

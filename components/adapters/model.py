@@ -19,7 +19,7 @@ from components.adapters import places, prefix
 from components.adapters.config import PEFT_TYPE, BottleneckConfig
 from components.adapters.drop import Draw, draw
 from components.adapters.layer import BASE, AdapterLayer, SharedParts, Site
-from components.adapters.phm import Rule
+from components.adapters.phm import shared_parts
 from components.errors import ConfigError
 
 SHARED = "shared_of_adapters"  # PEFT passes over names that hold its prefix when it deletes an adapter
@@ -48,20 +48,29 @@ class BottleneckModel(BaseTuner):
     prefix = "bottleneck_"
     tuner_layer_cls = AdapterLayer
 
-    def _pre_injection_hook(self, model: nn.Module, config: BottleneckConfig, adapter_name: str) -> None:
-        """Make what the layers of this adapter share, before they are made."""
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model, what its layers share first."""
+        self._share(model, self.peft_config[adapter_name], adapter_name)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            if adapter_name in self._shared.bottleneck_parts:
+                del self._shared.bottleneck_parts[adapter_name]
+            raise
+
+    def _share(self, model: nn.Module, config: BottleneckConfig, adapter_name: str) -> None:
         if not hasattr(model, SHARED):
             model.requires_grad_(False)  # PEFT takes the shared parts for an earlier adapter, and would not
             setattr(model, SHARED, SharedParts())
             self._draw = Draw()
         parts = nn.ModuleDict()
         if config.phm_layer and not config.fuse:
-            parts["rule"] = Rule(config)
+            parts.update(dict(shared_parts(self.model.config.hidden_size, config)))
         if config.prefix_length:
             parts.update(self._prefixes(config))
             prefix.install(model)
         if config.drop_range:
-            self._require_depth(config.drop_range[1])
+            self._require_depth(config)
             model.register_forward_pre_hook(partial(draw, self._draw, *config.drop_range))
         if len(parts):
             like = next(model.parameters())
@@ -78,12 +87,22 @@ class BottleneckModel(BaseTuner):
         features = getattr(about, "head_dim", None) or getattr(about, "d_kv", None)
         width = heads * (features or about.hidden_size // about.num_attention_heads)
         made: dict[str, nn.Module] = {}
-        for part, attending in places.attentions(self.model, self._stacks(config)).items():
+        for part, attending in self._attentions(config).items():
+            distances = self.model.get_submodule(attending[0][1])  # of a stack's layers, the first has them
+            distances = distances if hasattr(distances, "relative_attention_bias") else None
             kept = [index for index, _ in attending if index not in config.leave_out]
             made[part] = prefix.Prefix(kept, about.hidden_size, heads, width, config)
             for index, name in attending:
-                self.model.get_submodule(name).bottleneck_slot = prefix.Slot(self._shared, part, index)
+                self.model.get_submodule(name).bottleneck_slot = prefix.Slot(self._shared, part, index, distances)
         return made
+
+    def _attentions(self, config: BottleneckConfig) -> dict[str, list[tuple[int, str]]]:
+        """The modules that attend, by kind, without the kinds that the configuration leaves without prefixes."""
+        stacks = self._stacks(config)
+        without = {"self_0"} if len(stacks) > 1 and not config.encoder_prefix else set()
+        if not config.cross_prefix:
+            without |= {f"cross_{index}" for index in range(len(stacks))}
+        return {kind: found for kind, found in places.attentions(self.model, stacks).items() if kind not in without}
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Name the places of this model in the config: the wrapped modules, and the layer norms that are trained."""
@@ -128,10 +147,12 @@ class BottleneckModel(BaseTuner):
                 "correct leave_out",
             )
 
-    def _require_depth(self, layers: int) -> None:
-        depth = len(places.layers(self.model, places.of_model(self.model, None)))
-        if layers >= depth:
-            raise ConfigError(f"drop_range up to {depth - 1}", f"{layers}", "leave the last layer its adapter")
+    def _require_depth(self, config: BottleneckConfig) -> None:
+        depth = len(places.layers(self.model, self._stacks(config)))
+        if config.drop_range and config.drop_range[1] >= depth:
+            raise ConfigError(
+                f"drop_range up to {depth - 1}", f"{config.drop_range}", "leave the last layer its adapter"
+            )
 
     def _fused(self, config: BottleneckConfig) -> list[str]:
         """The modules that carry the adapters to fuse."""
@@ -171,9 +192,9 @@ class BottleneckModel(BaseTuner):
     ) -> None:
         site = target if isinstance(target, Site) else self._site(peft_config, target, current_key)
         parts = self._shared.bottleneck_parts
-        rule = parts[adapter_name]["rule"] if adapter_name in parts and "rule" in parts[adapter_name] else None
+        shared = dict(parts[adapter_name].items()) if adapter_name in parts else {}
         hidden = self.model.config.hidden_size
-        site.update_layer(adapter_name, peft_config, hidden, self.active_adapters, rule, self._draw)
+        site.update_layer(adapter_name, peft_config, hidden, self.active_adapters, shared, self._draw)
         if site is not target:
             setattr(parent, target_name, site)
 
@@ -181,7 +202,9 @@ class BottleneckModel(BaseTuner):
         spots = {spot.exit: spot for spot in self._spots(config)}
         if name not in spots:
             raise ConfigError(
-                f"target modules among the ends of sub-layers, e.g. {next(iter(spots))}", name, "leave target_modules out"
+                f"target modules among the ends of sub-layers, e.g. {next(iter(spots))}",
+                name,
+                "leave target_modules out",
             )
         spot = spots[name]
         return Site(target, self.model.get_submodule(spot.layer), spot.site.entry, spot.site.norm, spot.index)
@@ -251,7 +274,7 @@ def _by_rows(
     for name in dict.fromkeys(names):
         rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
         own = wrapper.modules_to_save[name] if name in wrapper.modules_to_save else wrapper.original_module
-        made[name] = rows, own(x[rows], *rest, **kwargs)
+        made[name] = rows, own.forward(x[rows], *rest, **kwargs)  # past its hooks, which want whole batches
     widest = max(part.shape[-1] for _, part in made.values())
     mixed = output.new_full((*output.shape[:-1], widest), -torch.inf)
     for rows, part in made.values():

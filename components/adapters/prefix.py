@@ -28,13 +28,14 @@ class Prefix(nn.Module):
         """layers: the numbers of those that have prefixes, in the order of the keys and values."""
         super().__init__()
         self.layers, self.heads, self.width = layers, heads, width
+        self.take_positions = config.prefix_positions
         size = config.prefix_bottleneck
         outputs = len(layers) * 2 * width
         if size is None:
             self.flat = nn.Parameter(torch.randn(config.prefix_length, outputs))
             return
         self.inputs = nn.Parameter(torch.randn(config.prefix_length, hidden))
-        self.first, self.second = nn.Linear(hidden, size), nn.Linear(size, outputs)
+        self.inner_layer, self.outer_layer = nn.Linear(hidden, size), nn.Linear(size, outputs)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,7 +45,7 @@ class Prefix(nn.Module):
         """(length, layers · 2 · width): keys and values of the first layer, of the second, ..."""
         if hasattr(self, "flat"):
             return self.flat
-        made: torch.Tensor = self.second(torch.tanh(self.first(self.inputs)))
+        made: torch.Tensor = self.outer_layer(torch.tanh(self.inner_layer(self.inputs)))
         return made
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,8 +55,8 @@ class Prefix(nn.Module):
         if hasattr(self, "flat"):
             both = self.flat[:, part]
         else:
-            inner = torch.tanh(self.first(self.inputs))
-            both = nn.functional.linear(inner, self.second.weight[part], self.second.bias[part])
+            inner = torch.tanh(self.inner_layer(self.inputs))
+            both = nn.functional.linear(inner, self.outer_layer.weight[part], self.outer_layer.bias[part])
         keys, values = both.view(len(both), 2, self.heads, -1).permute(1, 2, 0, 3)
         return keys, values
 
@@ -63,7 +64,7 @@ class Prefix(nn.Module):
         """Keep the keys and values, let go of the network that made them."""
         if not hasattr(self, "flat"):
             flat = self.folded().detach()
-            del self.inputs, self.first, self.second
+            del self.inputs, self.inner_layer, self.outer_layer
             self.flat = nn.Parameter(flat)
 
 
@@ -74,6 +75,7 @@ class Slot:
     shared: Any  # the SharedParts of the model
     part: str
     layer: int
+    distances: Any = None  # the module that makes the stack's relative position biases, in T5
 
     def active(self) -> list[Prefix]:
         if self.shared.disable_adapters:
@@ -113,8 +115,23 @@ def attention(
             visible = True if attention_mask.dtype == torch.bool else 0.0
             attention_mask = nn.functional.pad(attention_mask, (length, 0), value=visible)
         if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (length, 0))
+            kwargs["position_bias"] = _widened(kwargs["position_bias"], length, slot if prefix.take_positions else None)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+
+
+def _widened(bias: torch.Tensor, length: int, slot: Slot | None) -> torch.Tensor:
+    """Relative position biases, (1, heads, tokens, keys), with `length` more keys in front.
+
+    These have no position (a bias of 0), unless there is a slot with distances: then they take the first ones, and all
+    other keys are that much further away.
+    """
+    if slot is None or slot.distances is None:
+        return nn.functional.pad(bias, (length, 0))
+    tokens, keys = bias.shape[2:]
+    made: torch.Tensor = slot.distances.compute_bias(
+        tokens, keys + length, device=bias.device, past_seen_tokens=keys - tokens
+    )
+    return made
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -129,13 +146,10 @@ def install(model: Any) -> None:
 
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    if model.config._attn_implementation == ATTENTION:
-        return
-    try:
-        model.set_attn_implementation(ATTENTION)
-    except ValueError as error:
+    model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:  # transformers warns, and keeps the old one
         raise ConfigError(
             "a base whose attention takes prefixes",
-            f"family {model.config.model_type!r}",
+            f"family {model.config.model_type!r}, which computes it by code of its own",
             "choose a method without prefixes, or another base",
-        ) from error
+        )

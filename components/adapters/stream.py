@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from components.errors import ConfigError
+
 
 class Stream(threading.local):
     """Between the first and the last module of a sub-layer, in one thread. Empty outside.
@@ -23,9 +25,10 @@ class Stream(threading.local):
     result: torch.Tensor | None = None
 
     def take(self) -> torch.Tensor:
-        """x, and the stream is empty again."""
+        """x, and the stream is empty again. Raises ConfigError when the sub-layer's first module has not run."""
         x, self.x = self.x, None
-        assert x is not None, "the sub-layer's first module did not run before its last"
+        if x is None:
+            raise ConfigError("the entry of a site to run before its exit", "an exit alone", "correct the places")
         return x
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stream:

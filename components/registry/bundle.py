@@ -153,7 +153,12 @@ def save_model(folder: Path, model: Any, base: BasePin) -> None:
         return
     for config in model.peft_config.values():
         config.base_model_name_or_path = base.name  # not the path on this machine
-    model.save_pretrained(folder, selected_adapters=[ADAPTER_NAME])
+        for name, value in vars(config).items():
+            if isinstance(value, set):  # equal bundles have equal bytes
+                setattr(config, name, sorted(value))
+        # PEFT's prefix tuning names the head twice.
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save or ()))
+    model.save_pretrained(folder, selected_adapters=[ADAPTER_NAME], save_embedding_layers=False)
     # PEFT puts a named adapter into a folder of that name, and a model card beside it that says nothing.
     for path in (folder / ADAPTER_NAME).iterdir():
         path.rename(folder / path.name)
@@ -190,18 +195,15 @@ def _load_full(folder: Path, model: Any) -> Any:
 
 
 def _load_adapter(folder: Path, model: Any) -> Any:
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
-    from components.adapters import BottleneckConfig  # also registers the method with PEFT
+    from components.adapters import methods  # also registers ours with PEFT
 
-    config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, BottleneckConfig):
-        raise BundleError("an adapter of type BOTTLENECK", f"{config.peft_type}", "do not use this bundle")
-    config.inference_mode = True
-    model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    model = get_peft_model(model, methods.load_config(folder), adapter_name=ADAPTER_NAME)
     state = load_file(folder / "adapter_model.safetensors")
-    _require_same(state, get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME))
+    wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    _require_same(state, wanted)
     set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
     return model
 

@@ -210,7 +210,7 @@ def _model(spec: JobSpec, base: BaseModel, device: torch.device) -> tuple[nn.Mod
     from peft import get_peft_model
 
     from components import base_model
-    from components.adapters.config import METHODS
+    from components.adapters.methods import peft_config
     from components.adapters.places import positions
 
     model, head = base_model.load_classifier(base, spec.labels)
@@ -220,10 +220,9 @@ def _model(spec: JobSpec, base: BaseModel, device: torch.device) -> tuple[nn.Mod
             f"training.max_tokens of at most {longest}", f"{spec.training.max_tokens}", "the base reads no more"
         )
     frozen = sum(parameter.numel() for parameter in model.base_model.parameters())
-    if spec.bottleneck is None:
+    if spec.method == "full":
         return model.to(device), 0
-    settings = spec.bottleneck.model_dump()
-    config = METHODS[spec.method](modules_to_save=list(head), **{**settings, "leave_out": list(settings["leave_out"])})
+    config = peft_config(spec.method, spec.settings, list(head), model)
     return get_peft_model(model, config, adapter_name=bundle.ADAPTER_NAME).to(device), frozen
 
 

@@ -15,10 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from components.adapters.model import dropouts, trainable_groups
-from components.config import Schedule, TrainingConfig
+from components.adapters.parameters import trainable_groups, training_mode
+from components.adapters.regulariser import regulariser
+from components.config import TrainingConfig
 from components.errors import TrainingError
 from components.evaluation import metrics
+from components.methods import Schedule
 from components.training.batching import Tokens, collate, scoring_batches, training_batches
 from components.training.distributed import ALONE, Group
 from components.training.progress import Meter, Progress
@@ -110,7 +112,7 @@ def fit(
         state.epoch += 1
         begin = time.perf_counter()
         torch.manual_seed(group.seed(seed, state.epoch))  # so that a resumed epoch draws what it would have drawn
-        _training_mode(model)
+        training_mode(model)
         losses = []
         for rows in training_batches(train.lengths, training.batch_size, seed, state.epoch):
             mine, labels = group.share(rows, train.labels)
@@ -120,6 +122,8 @@ def fit(
                 logits = model(**inputs).logits
             loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum")
             loss /= len(rows) if weights is None else weights[train.labels[rows]].sum()  # of the whole batch
+            if (beside := regulariser(model)) is not None:
+                loss = loss + beside / group.size
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             loss = group.combine(loss.detach(), learner.trained.values())
             nn.utils.clip_grad_norm_(learner.trained.values(), training.clip_norm)
@@ -185,21 +189,6 @@ def _cpu_has_bf16() -> bool:
     return (
         bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()) and "AVX512" in cpu.get_cpu_capability()
     )
-
-
-def _training_mode(model: nn.Module) -> None:
-    """Dropout where something is learned: a frozen base computes what it will compute when used."""
-    own = dropouts(model)
-    if own or _is_adapted(model):
-        model.eval()
-        for module in own:
-            module.train()
-    else:
-        model.train()
-
-
-def _is_adapted(model: nn.Module) -> bool:
-    return hasattr(model, "peft_config")
 
 
 def _class_weights(labels: npt.NDArray[np.int64], kind: str, classes: int, device: torch.device) -> torch.Tensor | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from components import digest
 from components.base_model import BasePin
-from components.config import Bottleneck, Frozen, Method, Schedule, TrainingConfig
+from components.config import TrainingConfig
 from components.errors import ConfigError
+from components.frozen import Frozen
+from components.methods import Method, Schedule, Settings, settings_of
 
 # What a training's result depends on; changing any of it makes another code version.
 CODE = ("adapters", "training", "base_model", "evaluation/metrics", "registry/bundle")
@@ -33,18 +35,25 @@ class Limits(Frozen):
 
 
 class JobSpec(Frozen):
-    """One training. `bottleneck` is None for method `full`."""
+    """One training. `settings` are those of the method; None where it has none, as `full` and `bitfit`."""
 
     method: Method
     base: BasePin
     data: DataRef
     labels: tuple[str, ...]
-    bottleneck: Bottleneck | None
+    settings: Settings | None
     schedule: Schedule
     training: TrainingConfig
     limits: Limits
     seed: int
     code: str
+
+    @model_validator(mode="after")
+    def _settings_are_the_methods(self) -> JobSpec:
+        wanted, found = type(settings_of(self.method)), type(self.settings)
+        if wanted is not found:
+            raise ValueError(f"method {self.method} has settings of type {wanted.__name__}, found {found.__name__}")
+        return self
 
     @property
     def digest(self) -> str:

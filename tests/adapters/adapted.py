@@ -31,7 +31,8 @@ def classifier(base: Path, seed: int = 0) -> tuple[Any, tuple[str, ...]]:
 
 
 def config_of(method: str, head: tuple[str, ...], **settings: Any) -> BottleneckConfig:
-    return METHODS[method](modules_to_save=list(head), **{"reduction_factor": 4, **settings})
+    small = {"reduction_factor": 4, **({"prefix_length": 3, "prefix_bottleneck": 5} if method == "mam" else {})}
+    return METHODS[method](modules_to_save=list(head), **{**small, **settings})
 
 
 def adapted(base: Path, method: str, **settings: Any) -> PeftModel:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import torch
@@ -13,30 +15,16 @@ LAYERS = 2  # of each stack
 VOCABULARY = 40
 POSITIONS = 24
 
-_ENCODER = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": POSITIONS,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-_DECODER = {
-    "hidden_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "intermediate_size": 32,
-    "max_position_embeddings": POSITIONS,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "attention_dropout": 0.0,
-}
+_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0}
+_SPECIAL = {**_TOKENS, "bos_token_id": 2, "eos_token_id": 3}
+_SIZES = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 32}
+_DROPOUTS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_ENCODER = {**_SIZES, **_TOKENS, **_DROPOUTS, "max_position_embeddings": POSITIONS}
+_ROTARY = {**_SIZES, "max_position_embeddings": POSITIONS, "attention_dropout": 0.0}
+_LLAMA = {**_ROTARY, **_TOKENS, "num_key_value_heads": 1, "head_dim": 8}
 _SEQ2SEQ = {
+    **_SPECIAL,
+    "decoder_start_token_id": 2,
     "d_model": HIDDEN,
     "encoder_layers": LAYERS,
     "decoder_layers": LAYERS,
@@ -45,11 +33,6 @@ _SEQ2SEQ = {
     "encoder_ffn_dim": 32,
     "decoder_ffn_dim": 32,
     "max_position_embeddings": POSITIONS,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-    "decoder_start_token_id": 2,
     "dropout": 0.0,
     "attention_dropout": 0.0,
     "activation_dropout": 0.0,
@@ -60,13 +43,12 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "xlm-roberta": _ENCODER,
     "electra": {**_ENCODER, "embedding_size": 8},
     "distilbert": {
+        **_TOKENS,
         "dim": HIDDEN,
         "n_layers": LAYERS,
         "n_heads": 2,
         "hidden_dim": 32,
         "max_position_embeddings": POSITIONS,
-        "vocab_size": VOCABULARY,
-        "pad_token_id": 0,
         "dropout": 0.0,
         "attention_dropout": 0.0,
     },
@@ -82,38 +64,29 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "mpnet": _ENCODER,
     "albert": {**_ENCODER, "embedding_size": 8},  # one layer, run twice
     "modernbert": {
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": POSITIONS,
-        "vocab_size": VOCABULARY,
-        "pad_token_id": 0,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
+        **_ROTARY,
+        **_SPECIAL,
         "cls_token_id": 2,
         "sep_token_id": 3,
-        "attention_dropout": 0.0,
         "embedding_dropout": 0.0,
         "mlp_dropout": 0.0,
     },
     "gpt2": {
+        **_SPECIAL,
         "n_embd": HIDDEN,
         "n_layer": LAYERS,
         "n_head": 2,
         "n_positions": POSITIONS,
-        "vocab_size": VOCABULARY,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-        "pad_token_id": 0,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     },
-    "llama": _DECODER,
-    "qwen2": _DECODER,
-    "qwen3": _DECODER,
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
     "t5": {
+        **_TOKENS,
+        "decoder_start_token_id": 0,
         "d_model": HIDDEN,
         "d_kv": 8,
         "d_ff": 32,
@@ -122,23 +95,11 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "num_heads": 2,
         "relative_attention_num_buckets": 8,
         "relative_attention_max_distance": 16,
-        "vocab_size": VOCABULARY,
-        "pad_token_id": 0,
-        "decoder_start_token_id": 0,
         "dropout_rate": 0.0,
     },
     "bart": _SEQ2SEQ,
     "marian": _SEQ2SEQ,
-    "vit": {
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "image_size": 8,
-        "patch_size": 4,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    },
+    "vit": {**_SIZES, **_DROPOUTS, "image_size": 8, "patch_size": 4},
 }
 FAMILIES = tuple(_CONFIGS)
 SEQ2SEQ = ("t5", "bart", "marian")
@@ -149,7 +110,12 @@ def tiny(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
     overrides: fields of the family's config.
     """
-    config = AutoConfig.for_model(family, **{**_CONFIGS[family], **overrides})
+    return copy.deepcopy(_made(family, seed, tuple(overrides.items())))
+
+
+@functools.cache
+def _made(family: str, seed: int, overrides: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+    config = AutoConfig.for_model(family, **{**_CONFIGS[family], **dict(overrides)})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModel.from_config(config)

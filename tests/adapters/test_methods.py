@@ -14,12 +14,9 @@ from peft import PeftModel, get_peft_model
 from components.adapters import METHODS
 from components.adapters.layer import Site
 from components.errors import ConfigError
+from tests.adapters.adapted import config_of
 from tests.adapters.architectures import FAMILIES, HIDDEN, LAYERS, SEQ2SEQ, inputs, tiny
 
-SHAPE: dict[str, dict[str, Any]] = {  # what fits a hidden size of 16
-    **{method: {"reduction_factor": 4} for method in METHODS},
-    "mam": {"reduction_factor": 4, "prefix_length": 3, "prefix_bottleneck": 5},
-}
 OWN_ATTENTION = ("mpnet", "deberta-v2")  # their attention does not go through transformers' interface
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -30,8 +27,7 @@ def adapted(family: str, method: str = "pfeiffer", name: str = "task", **setting
     if method == "mam" and family in OWN_ATTENTION:
         pytest.skip(f"{family} computes attention by code of its own")
     torch.manual_seed(1)
-    model = get_peft_model(tiny(family), METHODS[method](**{**SHAPE[method], **settings}), adapter_name=name)
-    return model.eval()  # type: ignore[no-any-return]  # PEFT's union
+    return get_peft_model(tiny(family), config_of(method, (), **settings), adapter_name=name).eval()
 
 
 def stir(model: torch.nn.Module, seed: int = 2) -> None:
@@ -166,7 +162,7 @@ def test_trains_what_the_method_says_and_no_more(family: str, method: str) -> No
         assert parts == {"rule.factors"}
     elif method == "mam":
         assert {name.split(".", 1)[1] for name in parts} == {
-            "inputs", "first.weight", "first.bias", "second.weight", "second.bias"
+            "inputs", "inner_layer.weight", "inner_layer.bias", "outer_layer.weight", "outer_layer.bias"
         }  # fmt: skip
     else:
         assert not parts
@@ -197,6 +193,53 @@ def test_the_reduction_factor_may_differ_by_layer() -> None:
         if isinstance(module, Site)
     }
     assert sizes == {0: HIDDEN // 8, 1: HIDDEN // 4}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@every_method
+def test_parameter_count(family: str, method: str) -> None:
+    trained = sum(parameter.numel() for parameter in adapted(family, method).parameters() if parameter.requires_grad)
+    size = HIDDEN // 4
+    dense = 2 * HIDDEN * size + HIDDEN + size
+    phm = (HIDDEN + size) + (size + HIDDEN) + HIDDEN + size  # n pairs of a column and a row, each 1 / n as long
+    norm = 2 * HIDDEN
+    network = 3 * HIDDEN + (HIDDEN + 1) * 5 + (5 + 1) * LAYERS * 2 * HIDDEN
+    assert (
+        trained
+        == {
+            "pfeiffer": LAYERS * dense,
+            "houlsby": LAYERS * 2 * (dense + norm),
+            "parallel": LAYERS * dense,
+            "adapter-plus": LAYERS * (dense + HIDDEN),
+            "compacter": LAYERS * 2 * phm + 4**3,
+            "compacter-plus": LAYERS * phm + 4**3,
+            "mam": LAYERS * dense + network,
+            "masked": LAYERS * (dense + (HIDDEN + 1) * size),
+        }[method]
+    )
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_new", "silu", "swish", "tanh", "leakyrelu"])
+def test_every_declared_non_linearity_works(name: str) -> None:
+    model = adapted("bert", non_linearity=name)
+    stir(model)
+    assert torch.isfinite(hidden(model, "bert")).all()
+
+
+@pytest.mark.parametrize("settings", [{"dropout": 0.5}, {"stochastic_depth": 0.5}, {"mask_rate": 0.5}])
+def test_chance_acts_only_while_training(settings: dict[str, float]) -> None:
+    model = adapted("bert", **settings)
+    stir(model)
+    assert torch.equal(hidden(model, "bert"), hidden(model, "bert"))
+    model.train()
+    assert not torch.equal(hidden(model, "bert"), hidden(model, "bert"))
+
+
+@pytest.mark.parametrize("kind", ["bert", "houlsby"])
+def test_other_initialisations_start_near_the_base(kind: str) -> None:
+    base, model = hidden(tiny("bert"), "bert"), adapted("bert", init_weights=kind)
+    assert not torch.equal(hidden(model, "bert"), base)
+    assert torch.allclose(hidden(model, "bert"), base, atol=0.1)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def spec(settings: Settings) -> JobSpec:
         base=base_model.find(BaseConfig(name=config.base.name)).pin,
         data=DataRef(uri="s3://adapterline/nothing", digest=uuid4().hex),
         labels=("bad", "good"),
-        bottleneck=config.adapter.bottleneck,
+        settings=config.adapter.settings,
         schedule=config.adapter.schedule,
         training=config.training,
         limits=Limits(threads=1, device="cpu"),

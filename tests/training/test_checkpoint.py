@@ -53,7 +53,7 @@ def test_a_resumed_job_predicts_as_an_undisturbed_one(
 
 
 def test_a_resumed_job_with_adapter_dropout_predicts_the_same(lively_base: Path, data: DataRef, tmp_path: Path) -> None:
-    spec = toy_spec(lively_base, data, "pfeiffer", bottleneck={"reduction_factor": 2, "dropout": 0.3})
+    spec = toy_spec(lively_base, data, "pfeiffer", settings={"reduction_factor": 2, "dropout": 0.3})
     job.run(spec, str(tmp_path / "whole"), silent)
     interrupted(spec, tmp_path / "parted")
     job.run(spec, str(tmp_path / "parted"), silent)

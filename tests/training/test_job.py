@@ -105,7 +105,7 @@ def test_where_the_data_lie_makes_no_other_job(lively_base: Path, data: DataRef)
 
 OTHERS: dict[str, dict[str, Any]] = {
     "seed": {"seed": 9},
-    "bottleneck": {"bottleneck": {"reduction_factor": 4}},
+    "settings": {"settings": {"reduction_factor": 4}},
     "training": {"training": {"max_tokens": 31, "precision": "fp32"}},
     "data": {"data": {"uri": "x", "digest": "y"}},
     "code": {"code": "0" * 64},

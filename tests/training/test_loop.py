@@ -13,6 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from components import base_model
+from components.adapters.parameters import training_mode
 from components.config import BaseConfig, LearningRates, Schedule, TrainingConfig
 from components.errors import TrainingError
 from components.training import loop
@@ -165,7 +166,7 @@ def test_balanced_class_weights_are_those_of_scikit_learn() -> None:
 
 def test_a_frozen_base_computes_without_dropout_while_its_adapter_trains(tiny_base: Path) -> None:
     model = model_of(tiny_base, "houlsby")
-    loop._training_mode(model)
+    training_mode(model)
     assert torch.equal(logits(model), logits(model))
 
 
@@ -175,13 +176,13 @@ def test_the_adapters_own_dropout_acts_while_it_trains(tiny_base: Path) -> None:
         for name, parameter in model.named_parameters():
             if ".up." in name:
                 parameter.normal_()
-    loop._training_mode(model)
+    training_mode(model)
     assert not torch.equal(logits(model), logits(model))
 
 
 def test_full_fine_tuning_trains_with_dropout(tiny_base: Path) -> None:
     model = model_of(tiny_base, "full")
-    loop._training_mode(model)
+    training_mode(model)
     assert not torch.equal(logits(model), logits(model))
 
 

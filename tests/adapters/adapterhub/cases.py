@@ -93,8 +93,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": 2, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.0,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0,
     },
+    "xlm-roberta": {**_BERT, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "type_vocab_size": 1},
+    "electra": {**_BERT, "embedding_size": 8},
+    "deberta-v2": {
+        **_BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+    },
+    "llama": {
+        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "intermediate_size": 32, "max_position_embeddings": 32, "bos_token_id": 0,
+        "eos_token_id": 0,
+    },
 }  # fmt: skip
-PADDING = {"roberta": 1, "bart": 1}  # the others pad with 0
+PADDING = {"roberta": 1, "bart": 1, "xlm-roberta": 1}  # the others pad with 0
 ENCODER_DECODERS = ("t5", "bart")
 WITH_HEAD = ("bert", "roberta")
 
@@ -118,7 +128,15 @@ def _compacter(kind: str = "CompacterConfig", **settings: Any) -> Config:
 
 DYNAMIC = Config("DynamicAdapterFusionConfig")
 
-# On every family: (configuration, fusion over two of it).
+# On these: enough to know every place and name; DeBERTa's attention takes no prefixes here.
+FURTHER: dict[str, tuple[str, ...]] = {
+    "xlm-roberta": ("houlsby", "mam"),
+    "electra": ("houlsby", "mam"),
+    "deberta-v2": ("houlsby",),
+    "llama": ("houlsby", "mam"),
+}
+
+# On every other family: (configuration, fusion over two of it).
 METHODS: dict[str, tuple[Config, Config | None]] = {
     "houlsby": (_houlsby(), None),
     "pfeiffer": (_pfeiffer(), None),
@@ -175,7 +193,11 @@ VARIANTS: dict[str, tuple[Config, Config | None]] = {
 }  # fmt: skip
 
 CASES = [
-    *(Case(family, name, *method, head=family in WITH_HEAD) for family in FAMILIES for name, method in METHODS.items()),
+    *(
+        Case(family, name, *METHODS[name], head=family in WITH_HEAD)
+        for family in FAMILIES
+        for name in FURTHER.get(family, tuple(METHODS))
+    ),
     *(Case("bert", name, *variant) for name, variant in VARIANTS.items()),
     # the place after the attention to the encoder
     *(Case(family, "cross", _houlsby(cross_adapter=True)) for family in ENCODER_DECODERS),

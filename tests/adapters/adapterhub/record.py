@@ -29,9 +29,9 @@ A gradient that is 0 in theory is a small random number here, so compare it with
 fusion's keys shifts all scores of a softmax alike.
 
 **Where AdapterHub 1.3.0 and its papers part,** the recording follows the papers where a setting of AdapterHub does:
-- With torch's fused attention ("sdpa", the default) the scores of a DistilBERT prefix are raised by 1, and a causal
-  decoder whose batch has no padding lets a token see prefix tokens in place of the last real ones. With "eager" neither
-  happens: cases with prefixes are recorded with it, and decoders with padding.
+- With torch's fused attention ("sdpa", the default) and padding in the batch, GPT-2 masks its prefix out and DistilBERT
+  raises the scores of its prefix by 1; without padding, causal decoders (GPT-2, BART) let a token see prefix tokens in
+  place of its own nearest ones. "eager" does none of it: cases with prefixes are recorded with it.
 - Compacter's weights that layers share are not saved from a bare model (`adapters.init(AutoModel…)`). Those cases are
   recorded from `AutoAdapterModel`, with the model's name before every weight's.
 and AdapterHub where no setting does:

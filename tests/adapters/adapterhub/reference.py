@@ -31,7 +31,15 @@ BATCH, TOKENS, DECODER_TOKENS = 3, 7, 5
 LENGTHS, DECODER_LENGTHS = (7, 5, 3), (5, 3, 4)  # real tokens a row; the rest is padding
 FUSION = ".adapter_fusion_layer."
 # What names the parameters that AdapterHub adds.
-ADDED = (FUSION, ".adapters.", ".prefix_tunings.", ".prefix_gates.", ".shared_parameters.", ".heads.")
+ADDED = (
+    FUSION,
+    ".adapters.",
+    ".invertible_adapters.",
+    ".prefix_tunings.",
+    ".prefix_gates.",
+    ".shared_parameters.",
+    ".heads.",
+)
 COPY = ".pool."  # AdapterHub saves a prefix once for the model, and again, under names with this, for every layer
 
 
@@ -85,7 +93,6 @@ def make_inputs(family: str) -> dict[str, torch.Tensor]:
     input_ids, mask = ids(TOKENS, LENGTHS)
     inputs = {"input_ids": input_ids, "attention_mask": mask}
     if family in ENCODER_DECODERS:
-        # With padding the decoder's mask is never left out.
         inputs["decoder_input_ids"], inputs["decoder_attention_mask"] = ids(DECODER_TOKENS, DECODER_LENGTHS)
     return inputs
 
