@@ -77,6 +77,9 @@ class Bottleneck(Frozen):
     mask_weight: float | None = Field(None, ge=0)
     drop_layers: int | None = Field(None, ge=0, description="AdapterDrop: so many first layers do without")
     drop_range: tuple[int, int] | None = Field(None, description="AdapterDrop: how many at each step, from, to")
+    drop_margin: Share | None = Field(
+        None, description="AdapterDrop: in the end drop all that cost at most this much of the validation score"
+    )
 
 
 class Lora(Frozen):

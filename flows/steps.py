@@ -214,6 +214,11 @@ def train(spec: JobSpec, compute: ComputeConfig, run: Run) -> Trained:
         tags={"bundle_digest": manifest.digest, "reused": str(reused).lower()},
     )
     tracking.keep_history(run.tracking, run_id, measured["history"])  # the job sent them as it went, if it could
+    if curve := measured.get("operating_curve"):  # AdapterDrop: step k of the chart is k layers without adapters
+        points = [
+            {"step": p["layers"], "drop_score": p["score"], "drop_ms": p["milliseconds"]} for p in curve["points"]
+        ]
+        tracking.keep_history(run.tracking, run_id, points, "drop_score")
     tracking.keep(run.tracking, run_id, {"metrics.json": json.dumps(measured, indent=2)})
     tracking.finish(run.tracking, run_id)
     screen.trained(role, spec, measured, reused)

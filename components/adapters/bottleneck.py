@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,11 +72,13 @@ class Bottleneck(nn.Module):
             told = self.which_masked(up)
             self.mask_loss = nn.functional.binary_cross_entropy_with_logits(told.float(), kept.float())
         up = self._by_rows(up)
-        return up * (self.config.scaling if self.scaling is None else self.scaling)
+        scaling: Any = self.config.scaling if self.scaling is None else self.scaling
+        scaled: torch.Tensor = up * scaling
+        return scaled
 
     def forward(self, z: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """The adapter's output with the residual around it."""
-        output = self.dropout(self.raised(z))
+        output: torch.Tensor = self.dropout(self.raised(z))
         if self.gate is not None:
             output = output * torch.sigmoid(self.gate(z)).mean(dim=1, keepdim=True)
         if self.ln_after is None:

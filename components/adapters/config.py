@@ -132,7 +132,7 @@ class BottleneckConfig(PeftConfig):
         return problems
 
     def reduction_of(self, layer: int) -> float:
-        """Hidden size / bottleneck size in a layer. Raises ConfigError when a mapping names neither it nor a default."""
+        """Hidden size / bottleneck size in a layer. Raises ConfigError when a mapping has neither it nor a default."""
         if not isinstance(self.reduction_factor, Mapping):
             return float(self.reduction_factor)
         found = self.reduction_factor.get(str(layer), self.reduction_factor.get("default"))

@@ -65,7 +65,7 @@ class Attention(Fusion):
 
     def values(self, mixed: torch.Tensor) -> torch.Tensor:
         # Linear, so that it may come after the sum as well as before: as many times cheaper as there are adapters.
-        return mixed if self.value is None else self.value(mixed)  # type: ignore[no-any-return]  # of a module's call
+        return mixed if self.value is None else self.value(mixed)
 
     def regulariser(self) -> torch.Tensor | None:
         """Sum of squares of V - 1, as published."""

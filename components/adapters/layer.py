@@ -172,9 +172,7 @@ class Site(AdapterLayer):
         if self._norm_path is None:
             return None
         norm = self._parent[0].get_submodule(self._norm_path)
-        if not isinstance(norm, ModulesToSaveWrapper):
-            return norm
-        return norm.modules_to_save[name] if name in norm.modules_to_save else norm.original_module
+        return own_copy(norm, name) if isinstance(norm, ModulesToSaveWrapper) else norm
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
         """The wrapped module as it was. Raises ConfigError for merging: a non-linear adapter is no matrix."""
@@ -184,6 +182,13 @@ class Site(AdapterLayer):
             hook.remove()
         base: nn.Module = self.base_layer
         return base
+
+
+def own_copy(wrapper: ModulesToSaveWrapper, name: str) -> nn.Module:
+    """The adapter's copy of a module that is trained as a whole; the base's where it has none."""
+    copies: nn.ModuleDict = wrapper.modules_to_save
+    original: nn.Module = wrapper.original_module
+    return copies[name] if name in copies else original  # noqa: SIM401  # a ModuleDict has no get()
 
 
 def _like(bottleneck: Bottleneck, x: torch.Tensor) -> torch.Tensor:

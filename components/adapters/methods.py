@@ -72,7 +72,7 @@ def peft_config(method: str, settings: Settings | None, head: list[str], model: 
 
 def given(settings: Bottleneck) -> dict[str, Any]:
     """The settings that are not left to the method, as BottleneckConfig takes them."""
-    return settings.model_dump(mode="json", exclude_none=True)
+    return settings.model_dump(mode="json", exclude_none=True, exclude={"drop_margin"})
 
 
 def _lora(settings: Lora, head: list[str], family: str) -> PeftConfig:
@@ -100,7 +100,7 @@ def _prefix(settings: Prefix, head: list[str], family: str) -> PeftConfig:
         raise ConfigError(
             f"a base model of a family among {', '.join(PREFIX)} for PEFT's prefix tuning",
             f"family {family!r}",
-            "choose method mam, whose prefixes need no cache, or another base",
+            "choose another method or base; the prefixes of mam need no cache",
         )
     further = [name for name in head if name.split(".")[0] not in PREFIX_HEADS]
     return PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=settings.length, modules_to_save=further or None)

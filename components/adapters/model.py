@@ -18,7 +18,7 @@ from torch import nn
 from components.adapters import places, prefix
 from components.adapters.config import PEFT_TYPE, BottleneckConfig
 from components.adapters.drop import Draw, draw
-from components.adapters.layer import BASE, AdapterLayer, SharedParts, Site
+from components.adapters.layer import BASE, AdapterLayer, SharedParts, Site, own_copy
 from components.adapters.phm import shared_parts
 from components.errors import ConfigError
 
@@ -71,7 +71,7 @@ class BottleneckModel(BaseTuner):
             prefix.install(model)
         if config.drop_range:
             self._require_depth(config)
-            model.register_forward_pre_hook(partial(draw, self._draw, *config.drop_range))
+            model.register_forward_pre_hook(partial(draw, self._draw, config.drop_range[0], config.drop_range[1]))
         if len(parts):
             like = next(model.parameters())
             self._shared.bottleneck_parts[adapter_name] = parts.to(like.device, like.dtype)
@@ -167,9 +167,8 @@ class BottleneckModel(BaseTuner):
                     f"{name!r} that does otherwise",
                     "fuse adapters of method pfeiffer",
                 )
-        names = [name for name, module in self.model.named_modules() if isinstance(module, Site)
+        return [name for name, module in self.model.named_modules() if isinstance(module, Site)
                  and any(child in module.bottleneck_adapters for child in config.fuse or ())]  # fmt: skip
-        return names
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -273,7 +272,7 @@ def _by_rows(
     made = {}
     for name in dict.fromkeys(names):
         rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
-        own = wrapper.modules_to_save[name] if name in wrapper.modules_to_save else wrapper.original_module
+        own = own_copy(wrapper, name)
         made[name] = rows, own.forward(x[rows], *rest, **kwargs)  # past its hooks, which want whole batches
     widest = max(part.shape[-1] for _, part in made.values())
     mixed = output.new_full((*output.shape[:-1], widest), -torch.inf)

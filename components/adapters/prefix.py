@@ -68,6 +68,16 @@ class Prefix(nn.Module):
             self.flat = nn.Parameter(flat)
 
 
+def fold(model: Any) -> None:
+    """Fold the prefixes of a trained model: it computes the same from fewer parameters. Others are left as they are."""
+    for module in model.modules():
+        if isinstance(module, Prefix):
+            module.fold()
+    for config in getattr(model, "peft_config", {}).values():
+        if isinstance(config, BottleneckConfig):
+            config.prefix_bottleneck = None
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where an attention module finds its prefixes: in what part of which shared parts, and as which layer."""
@@ -101,10 +111,8 @@ def attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    slot: Slot | None = module.__dict__.get("bottleneck_slot")
-    prefixes = slot.active() if slot else []
-    for prefix in prefixes:
-        assert slot is not None
+    slot: Any = module.__dict__.get("bottleneck_slot")
+    for prefix in slot.active() if slot else ():
         keys, values = (part.to(key.dtype).expand(len(key), -1, -1, -1) for part in prefix.of_layer(slot.layer))
         causal = kwargs.get("is_causal")
         if attention_mask is None and (getattr(module, "is_causal", True) if causal is None else causal):

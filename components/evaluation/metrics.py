@@ -23,6 +23,11 @@ def measure(labels: Ints, probabilities: Floats) -> dict[str, float]:
     return {**scores, "log_loss": float(losses(labels, probabilities).mean()), "ece": ece(labels, probabilities)}
 
 
+def score(measured: dict[str, float], metric: str) -> float:
+    """The metric that picks the best, turned so that higher is better."""
+    return -measured[metric] if metric == "log_loss" else measured[metric]
+
+
 def confusion(labels: Ints, predicted: Ints, classes: int) -> Ints:
     """Counts, (classes, classes): true class by predicted class."""
     return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)

@@ -179,11 +179,13 @@ def keep_table(tracking: Tracking, run_id: str, rows: Sequence[Mapping[str, Any]
 
 
 @_translated
-def keep_history(tracking: Tracking, run_id: str, history: Sequence[Mapping[str, float]]) -> None:
-    """Log the metrics of every epoch that the run does not hold yet, in one request."""
+def keep_history(
+    tracking: Tracking, run_id: str, history: Sequence[Mapping[str, float]], always: str = "validation_log_loss"
+) -> None:
+    """Log the metrics of every epoch that the run does not hold yet, in one request. always: one that each has."""
     from mlflow.entities import Metric
 
-    there = {point.step for point in tracking.client.get_metric_history(run_id, "validation_log_loss")}
+    there = {point.step for point in tracking.client.get_metric_history(run_id, always)}
     now = int(time.time() * 1000)
     missing = [
         Metric(name, float(value), now, int(epoch["step"]))

@@ -165,12 +165,13 @@ def _learn(
         keep,
     )
     checkpoint.load_best(out, learner, state.best_epoch)
+    trained = sum(parameter.numel() for parameter in learner.trained.values())
+    curve = _finished(spec, model, tokens["validation"], padding, device)
     probabilities = loop.predict(model, tokens["test"], padding, device, group)
     predictions = bundle.Predictions(list(parts["test"]["row"]), tokens["test"].labels, probabilities)
-    trained = sum(parameter.numel() for parameter in learner.trained.values())
 
     def finish() -> bundle.Manifest:
-        _write(out, spec, model, predictions, _metrics(spec, state, tokens, predictions, trained, device))
+        _write(out, spec, model, predictions, {**_metrics(spec, state, tokens, predictions, trained, device), **curve})
         checkpoint.clear(out)
         return bundle.write_manifest(
             out,
@@ -224,6 +225,19 @@ def _model(spec: JobSpec, base: BaseModel, device: torch.device) -> tuple[nn.Mod
         return model.to(device), 0
     config = peft_config(spec.method, spec.settings, list(head), model)
     return get_peft_model(model, config, adapter_name=bundle.ADAPTER_NAME).to(device), frozen
+
+
+def _finished(spec: JobSpec, model: Any, tokens: Any, padding: int, device: torch.device) -> dict[str, Any]:
+    """What is done to an adapter once it is trained: prefixes are folded, layers are dropped. The operating curve."""
+    from components.adapters import prefix
+    from components.methods import Bottleneck
+    from components.training import operating_curve
+
+    prefix.fold(model)
+    if not isinstance(spec.settings, Bottleneck) or spec.settings.drop_margin is None:
+        return {}
+    curve = operating_curve.measure(model, tokens, spec.training, padding, device)
+    return {"operating_curve": operating_curve.settle(model, curve, spec.settings.drop_margin)}
 
 
 def _metrics(

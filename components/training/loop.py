@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from components.adapters import drop
 from components.adapters.parameters import trainable_groups, training_mode
 from components.adapters.regulariser import regulariser
 from components.config import TrainingConfig
@@ -112,6 +113,7 @@ def fit(
         state.epoch += 1
         begin = time.perf_counter()
         torch.manual_seed(group.seed(seed, state.epoch))  # so that a resumed epoch draws what it would have drawn
+        drop.reseed(model, seed + state.epoch)  # layers are dropped by all processes alike
         training_mode(model)
         losses = []
         for rows in training_batches(train.lengths, training.batch_size, seed, state.epoch):
@@ -144,7 +146,7 @@ def fit(
         state.seconds += time.perf_counter() - begin
         probabilities = predict(model, validation, padding, device, group)
         measured = group.from_main(partial(metrics.measure, validation.labels, probabilities))  # one decides for all
-        score = -measured["log_loss"] if training.metric == "log_loss" else measured[training.metric]
+        score = metrics.score(measured, training.metric)
         best = score > state.best_score
         if best:
             state.best_score, state.best_epoch = score, state.epoch

@@ -26,9 +26,7 @@ class Point:
     milliseconds: float
 
 
-def measure(
-    model: Any, tokens: Tokens, training: TrainingConfig, padding: int, device: torch.device
-) -> list[Point]:
+def measure(model: Any, tokens: Tokens, training: TrainingConfig, padding: int, device: torch.device) -> list[Point]:
     """Points for 0, 1, … to all layers. The model is left as it was found."""
     name = model.active_adapter
     before = model.peft_config[name].drop_layers

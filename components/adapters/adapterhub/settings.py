@@ -63,6 +63,10 @@ def read(about: Mapping[str, Any]) -> BottleneckConfig:
             raise ConfigError("the same layers left out by adapters and prefixes", f"{part}", "train it here instead")
         settings.update(own)
     if settings.get("prefix_length") and about.get("model_type") == "t5":
+        if settings["leave_out"]:  # AdapterHub drops T5's relative positions in layers after one that is left out
+            raise ConfigError(
+                "prefixes in all layers of T5", f"leave_out {settings['leave_out']}", "train it here instead"
+            )
         settings["prefix_positions"] = True
     return BottleneckConfig(**settings)
 

@@ -17,7 +17,8 @@ from components.adapters.prefix import Prefix
 from components.errors import ConfigError
 
 # Where AdapterHub keeps the adapters of a site, below a layer: in these families in the module that holds the site's
-# last one, in the others in a module of that name.
+# last one, in the others in a module of that name. ALBERT is not among them: AdapterHub 1.3.0 takes the two inputs of
+# its attention adapters for each other.
 _BESIDE = {"attention": "attention_adapters", "cross": "cross_attention_adapters", "output": "output_adapters"}
 HOLDERS: dict[str, dict[str, str]] = {
     "bert": {},

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from components.adapters.adapterhub import heads, load, save
+from components.adapters.adapterhub import heads, load, save, settings
 from components.adapters.config import METHODS
 from components.errors import BundleError, ConfigError
 from tests.adapters.adapterhub.cases import HIDDEN, LABELS
@@ -126,6 +126,11 @@ def test_settings_without_a_like_are_refused(config: Any, word: str, tmp_path: P
     rewrite_words(folder, lambda about: about.update(config=config))
     with pytest.raises(ConfigError, match=word):
         load(base_of(named("bert/pfeiffer")), folder)
+
+
+def test_prefixes_in_some_layers_of_t5_are_refused() -> None:
+    with pytest.raises(ConfigError, match="layers of T5"):
+        settings.read({"config": PREFIX | {"leave_out": [0]}, "model_type": "t5", "version": "adapters.1.3.0"})
 
 
 @pytest.mark.parametrize("word", ["residual_before", "temperature"])
