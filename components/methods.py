@@ -127,6 +127,13 @@ class AdapterConfig(Frozen):
     )
 
     @model_validator(mode="after")
+    def _prefixes_are_not_dropped(self) -> AdapterConfig:
+        own = self.bottleneck
+        if own and own.drop_margin is not None and (self.method == "mam" or own.prefix_length):
+            raise ValueError("drop_margin is for adapters without prefixes, which stay in every layer")
+        return self
+
+    @model_validator(mode="after")
     def _reads_its_sections(self) -> AdapterConfig:
         own = SECTIONS.get(self.method)
         foreign = [name for name in dict.fromkeys(SECTIONS.values()) if name != own and getattr(self, name) is not None]

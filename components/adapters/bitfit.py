@@ -6,6 +6,8 @@ starts at zero and is added to its module's output, which is the same, and leave
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,6 +116,13 @@ class BitFitModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = _biased(self.model)
         return peft_config
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Raises ConfigError for rows of several adapters, rather than ignore them."""
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError("one adapter for all rows, with BitFit", "adapter_names", "use set_adapter()")
+        yield
 
     def _create_and_replace(
         self,

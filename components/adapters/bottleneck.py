@@ -52,6 +52,11 @@ class Bottleneck(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.up.bias.dtype
 
+    @property
+    def _learns(self) -> bool:
+        """Nothing is left to chance in an adapter that is frozen, as under a fusion."""
+        return self.training and self.up.bias.requires_grad
+
     def reads(self, h: torch.Tensor, x: torch.Tensor, norm: Norm | None) -> tuple[torch.Tensor, torch.Tensor]:
         """What the adapter reads, and the residual around it. h: output of the sub-layer, x: its residual input."""
         config = self.config
@@ -89,7 +94,7 @@ class Bottleneck(nn.Module):
         return normed
 
     def _masked(self, inner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not (self.training and self.config.mask_rate):
+        if not (self._learns and self.config.mask_rate):
             return inner, None
         kept = torch.rand_like(inner) >= self.config.mask_rate
         return inner * kept, kept
@@ -97,7 +102,7 @@ class Bottleneck(nn.Module):
     def _by_rows(self, up: torch.Tensor) -> torch.Tensor:
         """Stochastic depth (Huang et al. 2016): whole rows pass by, the others are scaled up."""
         share = self.config.stochastic_depth
-        if not (self.training and share):
+        if not (self._learns and share):
             return up
         kept = torch.rand(len(up), 1, 1, device=up.device) >= share
         return up * kept / (1 - share)

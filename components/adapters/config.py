@@ -123,6 +123,10 @@ class BottleneckConfig(PeftConfig):
             problems.append(f"phm_dim {self.phm_dim}, at least 1")
         if self.phm_layer and self.shared_W_phm and isinstance(self.reduction_factor, Mapping):
             problems.append("shared_W_phm with a reduction_factor by layer")
+        problems += [f"{name} {share:g}, from 0 to below 1" for name in ("dropout", "stochastic_depth", "mask_rate")
+                     if not 0 <= (share := getattr(self, name)) < 1]  # fmt: skip
+        if self.prefix_length and (self.drop_range or self.drop_layers):
+            problems.append("AdapterDrop with prefixes, which stay in every layer")
         if self.drop_range is not None and not (
             len(self.drop_range) == 2 and 0 <= self.drop_range[0] <= self.drop_range[1]
         ):

@@ -69,7 +69,7 @@ class Attention(Fusion):
 
     def regulariser(self) -> torch.Tensor | None:
         """Sum of squares of V - 1, as published."""
-        if self.value is None:
+        if self.value is None or not self.value.weight.requires_grad:
             return None
         weight = self.value.weight
         return (weight - torch.eye(len(weight), device=weight.device, dtype=weight.dtype)).pow(2).sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import nn
 
 from components.adapters.bottleneck import Bottleneck, Norm
 from components.adapters.config import BottleneckConfig
-from components.adapters.drop import Draw
 from components.adapters.fusion import Fusion, make
+from components.adapters.step import Step
 from components.adapters.stream import Stream, remember, stand_in
 from components.errors import ConfigError
 
@@ -26,11 +27,19 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     _disable_adapters: bool
     merged_adapters: list[str]
 
-    def __init__(self) -> None:
+    def __init__(self, home: nn.Module) -> None:
+        """home: part of the base, on whose device adapters work."""
         super().__init__()
+        self._parent = (home,)  # in a tuple it is no sub-module of its own sub-module
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters = []
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """What PEFT calls once it has loaded weights; its own looks for a base layer with a weight."""
+        for container in (getattr(self, name) for name in self.adapter_layer_names):
+            if adapter_name in container:
+                container[adapter_name].to(device or next(self._parent[0].parameters()).device)
 
 
 class SharedParts(AdapterLayer):
@@ -38,9 +47,16 @@ class SharedParts(AdapterLayer):
 
     adapter_layer_names = ("bottleneck_parts",)
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self.bottleneck_parts = nn.ModuleDict()
+        self.step = Step()
+        self.attention: str | None = None  # transformers' implementation that prefixes took the place of
+        self.begins: Any = None  # the hook that begins a step
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.step.ranges.pop(adapter_name, None)
 
 
 class Site(AdapterLayer):
@@ -58,31 +74,29 @@ class Site(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, parent: nn.Module, entry: str, norm: str | None, index: int) -> None:
         """parent: the transformer layer; entry and norm are paths below it. index: its number, from 0."""
-        super().__init__()
+        super().__init__(parent)
         self.base_layer = base_layer
         self.bottleneck_adapters = nn.ModuleDict()
         self.bottleneck_fusions = nn.ModuleDict()
         self.index = index
-        self.draw: Draw | None = None
+        self._step: Step | None = None
         self.stream = Stream()
-        self._parent = (parent,)  # in a tuple it is no sub-module of its own sub-module
         self._norm_path = norm
         self._hooks = [remember(self.stream, parent.get_submodule(entry))]
         if norm:
             self._hooks.append(stand_in(self.stream, parent.get_submodule(norm)))
 
     def update_layer(
-        self, name: str, config: BottleneckConfig, hidden: int, active: Sequence[str], shared: Any, draw: Draw
+        self, name: str, config: BottleneckConfig, hidden: int, active: Sequence[str], shared: Any, step: Step
     ) -> None:
         """Add an adapter or a fusion, drawn from the current random state. shared: what its layers share, by name."""
-        self.draw = draw
+        self._step = step
         like = next(self._parent[0].parameters())
         if config.fuse:
             children = [child for child in config.fuse if child in self.bottleneck_adapters]
-            self.bottleneck_fusions[name] = make(hidden, children, config).to(like.device, like.dtype)
+            self.bottleneck_fusions[name] = placed(make(hidden, children, config), like)
         else:
-            bottleneck = Bottleneck(hidden, self.index, config, shared)
-            self.bottleneck_adapters[name] = bottleneck.to(like.device, like.dtype)
+            self.bottleneck_adapters[name] = placed(Bottleneck(hidden, self.index, config, shared), like)
         self.set_adapter(list(active), inference_mode=config.inference_mode)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
@@ -90,11 +104,15 @@ class Site(AdapterLayer):
         output = self.base_layer(*args, **kwargs)
         h, *rest = output if isinstance(output, tuple) else (output,)
         x = self.stream.take()
-        if adapter_names is not None:
-            h = self._mixed(h, x, adapter_names)
-        else:
-            names = [] if self.disable_adapters else [name for name in self.active_adapters if self.carries(name)]
-            h, self.stream.result = self._adapted(h, x, names)
+        active: Any = self.active_adapters
+        names: list[str] = [] if self.disable_adapters else adapter_names or active
+        if any(map(self.carries, dict.fromkeys(names))):
+            # Under autocast h is of few bits and x is not; the sum that the adapter takes part in shall not lose them.
+            h = h.to(torch.promote_types(h.dtype, x.dtype))
+            if adapter_names is not None:
+                h = self._mixed(h, x, names)
+            else:
+                h, self.stream.result = self._adapted(h, x, [name for name in names if self.carries(name)])
         return (h, *rest) if isinstance(output, tuple) else h
 
     def carries(self, name: str) -> bool:
@@ -102,7 +120,7 @@ class Site(AdapterLayer):
         part = self._part(name)
         if part is None:
             return False
-        drawn = self.draw.layers if self.draw and part.training and part.config.drop_range else None
+        drawn = self._step.layers if self._step and part.training and part.config.drop_range else None
         return self.index >= (part.config.drop_layers if drawn is None else drawn)
 
     def _part(self, name: str) -> Bottleneck | Fusion | None:
@@ -129,7 +147,8 @@ class Site(AdapterLayer):
 
     def _mixed(self, h: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
         """h' where each row has an adapter of its own, or none."""
-        changed, result = h.clone(), torch.empty_like(h)
+        require_rows(names, h)
+        changed, result = h.clone(), h.clone()
         stands_in = False
         for name in dict.fromkeys(names):
             rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=h.device)
@@ -154,7 +173,11 @@ class Site(AdapterLayer):
         norm = self._norm(name)
         if isinstance(part, Bottleneck):
             h, x = _like(part, h), _like(part, x)
-            return part(*part.reads(h, x, norm))  # type: ignore[no-any-return]  # of a module's call
+            made: torch.Tensor = part(*part.reads(h, x, norm))
+            if self._step and part.mask_loss is not None:
+                self._step.losses.append(part.config.mask_weight * part.mask_loss)
+                part.mask_loss = None
+            return made
         children = [self.bottleneck_adapters[child] for child in part.children_names]
         h, x = _like(children[-1], h), _like(children[-1], x)
         read, residual = children[-1].reads(h, x, norm)
@@ -172,16 +195,33 @@ class Site(AdapterLayer):
         if self._norm_path is None:
             return None
         norm = self._parent[0].get_submodule(self._norm_path)
-        return own_copy(norm, name) if isinstance(norm, ModulesToSaveWrapper) else norm
+        return partial(_in_its_dtype, own_copy(norm, name) if isinstance(norm, ModulesToSaveWrapper) else norm)
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
-        """The wrapped module as it was. Raises ConfigError for merging: a non-linear adapter is no matrix."""
-        if merge:
-            raise ConfigError("a linear adapter to merge", "bottlenecks with an activation", "call unload() instead")
+        """The wrapped module as it was."""
         for hook in self._hooks:
             hook.remove()
         base: nn.Module = self.base_layer
         return base
+
+
+def placed(part: nn.Module, like: torch.Tensor) -> nn.Module:
+    """On the device of the base, in its dtype. What PEFT makes on the meta device stays there until it is loaded."""
+    meta = any(parameter.is_meta for parameter in part.parameters())
+    return part.to(like.dtype) if meta else part.to(like.device, like.dtype)
+
+
+def require_rows(names: Sequence[str], rows: torch.Tensor) -> None:
+    """Raises ConfigError unless there is a name for each row."""
+    if len(names) != len(rows):
+        raise ConfigError(f"adapter_names for {len(rows)} rows", f"{len(names)}", "pass one a row")
+
+
+def _in_its_dtype(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The base may be of fewer bits than the adapter."""
+    dtype = next(norm.parameters()).dtype
+    normed: torch.Tensor = norm(x.to(dtype))
+    return normed.to(x.dtype)
 
 
 def own_copy(wrapper: ModulesToSaveWrapper, name: str) -> nn.Module:

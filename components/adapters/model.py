@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,18 @@ from torch import nn
 
 from components.adapters import places, prefix
 from components.adapters.config import PEFT_TYPE, BottleneckConfig
-from components.adapters.drop import Draw, draw
-from components.adapters.layer import BASE, AdapterLayer, SharedParts, Site, own_copy
+from components.adapters.layer import BASE, AdapterLayer, SharedParts, Site, own_copy, placed, require_rows
 from components.adapters.phm import shared_parts
 from components.errors import ConfigError
 
 SHARED = "shared_of_adapters"  # PEFT passes over names that hold its prefix when it deletes an adapter
+# Parts of the names of what adapters bring along.
+OWN_NAMES = {
+    SHARED, "bottleneck_adapters", "bottleneck_fusions", "bottleneck_parts", "base_layer", "modules_to_save",
+    "original_module", "weight", "bias", "down", "up", "gate", "scaling", "ln_before", "ln_after", "which_masked",
+    "rule", "left", "right", "weights", "factors", "flat", "inputs", "inner_layer", "outer_layer", "query", "key",
+    "value", "scores", *(f"{kind}_{stack}" for kind in ("self", "cross") for stack in range(4)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,32 +56,67 @@ class BottleneckModel(BaseTuner):
     tuner_layer_cls = AdapterLayer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model, what its layers share first."""
-        self._share(model, self.peft_config[adapter_name], adapter_name)
+        """Put an adapter into the model, what its layers share first. What fails leaves nothing behind."""
+        config = self.peft_config[adapter_name]
+        if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)  # each its own
+        self._check_name(adapter_name)
+        first = not hasattr(model, SHARED)
+        if first:
+            model.requires_grad_(False)  # PEFT takes the shared parts for an earlier adapter, and would not
+            setattr(model, SHARED, SharedParts(model))
         try:
+            self._share(model, config, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            if adapter_name in self._shared.bottleneck_parts:
-                del self._shared.bottleneck_parts[adapter_name]
+            self._shared.delete_adapter(adapter_name)
+            if first:
+                self._forget(model)
             raise
+        if first:
+            self._shared.begins = model.register_forward_pre_hook(partial(_begin, self._shared))
 
     def _share(self, model: nn.Module, config: BottleneckConfig, adapter_name: str) -> None:
-        if not hasattr(model, SHARED):
-            model.requires_grad_(False)  # PEFT takes the shared parts for an earlier adapter, and would not
-            setattr(model, SHARED, SharedParts())
-            self._draw = Draw()
         parts = nn.ModuleDict()
         if config.phm_layer and not config.fuse:
             parts.update(dict(shared_parts(self.model.config.hidden_size, config)))
         if config.prefix_length:
             parts.update(self._prefixes(config))
+            self._shared.attention = self._shared.attention or model.config._attn_implementation
             prefix.install(model)
         if config.drop_range:
             self._require_depth(config)
-            model.register_forward_pre_hook(partial(draw, self._draw, config.drop_range[0], config.drop_range[1]))
+            self._shared.step.ranges[adapter_name] = (config.drop_range[0], config.drop_range[1])
         if len(parts):
-            like = next(model.parameters())
-            self._shared.bottleneck_parts[adapter_name] = parts.to(like.device, like.dtype)
+            self._shared.bottleneck_parts[adapter_name] = placed(parts, next(model.parameters()))
+
+    def _forget(self, model: Any) -> None:
+        """The base as it was: no shared parts, its own attention."""
+        shared = model.__dict__["_modules"].pop(SHARED)
+        if shared.begins:
+            shared.begins.remove()
+        if shared.attention:
+            model.set_attn_implementation(shared.attention)
+        for module in model.modules():
+            module.__dict__.pop("bottleneck_slot", None)
+
+    def _check_name(self, adapter_name: str) -> None:
+        """PEFT tells adapters apart by the parts of parameters' names."""
+        names = [name for name, _ in (*self.model.named_modules(), *self.model.named_parameters())]
+        taken = {part for name in names for part in name.split(".")} - (set(self.peft_config) - {adapter_name})
+        if adapter_name in taken | OWN_NAMES:
+            raise ConfigError("an adapter's name that no module has", repr(adapter_name), "choose another name")
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Raises ConfigError for an adapter that a fusion stands on."""
+        users = [name for name, config in self.peft_config.items() if adapter_name in (config.fuse or ())]
+        if users:
+            raise ConfigError(f"{adapter_name!r} to be in no fusion", f"in {', '.join(users)}", "delete that one first")
+        left = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        left = left or list(self.peft_config)[:1]  # the same everywhere: PEFT's layers each choose one of their own
+        if left:
+            self.set_adapter(left, inference_mode=self.peft_config[left[0]].inference_mode)
 
     @property
     def _shared(self) -> Any:
@@ -159,13 +201,15 @@ class BottleneckModel(BaseTuner):
         missing = [name for name in config.fuse or () if name not in self.peft_config]
         if missing:
             raise ConfigError(f"adapters {', '.join(config.fuse or ())}", f"no {', '.join(missing)}", "load them first")
+        stance = _stance(self.peft_config[(config.fuse or [""])[0]])
         for name in config.fuse or ():
             child = self.peft_config[name]
-            if child.train_layer_norm or child.is_parallel or child.prefix_length:
+            own = child.train_layer_norm or child.use_gating or child.ln_after or child.drop_layers
+            if own or child.is_parallel or child.prefix_length or child.fuse or _stance(child) != stance:
                 raise ConfigError(
-                    "adapters to fuse that follow a sub-layer and train no layer norms",
+                    "adapters to fuse that stand alike behind a sub-layer, in all their layers, without norms or gates",
                     f"{name!r} that does otherwise",
-                    "fuse adapters of method pfeiffer",
+                    "fuse adapters of one method, pfeiffer",
                 )
         return [name for name, module in self.model.named_modules() if isinstance(module, Site)
                  and any(child in module.bottleneck_adapters for child in config.fuse or ())]  # fmt: skip
@@ -193,7 +237,7 @@ class BottleneckModel(BaseTuner):
         parts = self._shared.bottleneck_parts
         shared = dict(parts[adapter_name].items()) if adapter_name in parts else {}
         hidden = self.model.config.hidden_size
-        site.update_layer(adapter_name, peft_config, hidden, self.active_adapters, shared, self._draw)
+        site.update_layer(adapter_name, peft_config, hidden, self.active_adapters, shared, self._shared.step)
         if site is not target:
             setattr(parent, target_name, site)
 
@@ -212,12 +256,13 @@ class BottleneckModel(BaseTuner):
         """PEFT's own expects a module with a weight; the end of a sub-layer may be a dropout."""
         setattr(parent, child_name, new_module)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """Raises ConfigError for merging, before anything is changed: a non-linear adapter is no matrix."""
+        if merge:
+            raise ConfigError("a linear adapter to merge", "bottlenecks with an activation", "call unload() instead")
+        model: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         if hasattr(model, SHARED):
-            delattr(model, SHARED)
-        for module in model.modules():
-            module.__dict__.pop("bottleneck_slot", None)
+            self._forget(model)
         return model
 
     @contextmanager
@@ -230,13 +275,14 @@ class BottleneckModel(BaseTuner):
         if names is None:
             yield
             return
-        self._check_rows(list(names))
+        names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        self._check_rows(names)
         handles = []
         for module in self.model.modules():
             if isinstance(module, Site):
-                handles.append(module.register_forward_pre_hook(partial(_with_names, list(names)), with_kwargs=True))
+                handles.append(module.register_forward_pre_hook(partial(_with_names, names), with_kwargs=True))
             elif isinstance(module, ModulesToSaveWrapper):
-                handles.append(module.register_forward_hook(partial(_by_rows, list(names)), with_kwargs=True))
+                handles.append(module.register_forward_hook(partial(_by_rows, names), with_kwargs=True))
         try:
             yield
         finally:
@@ -255,6 +301,15 @@ class BottleneckModel(BaseTuner):
             raise ConfigError("adapters without prefixes in one batch", "prefixes", "run those one at a time")
 
 
+def _begin(shared: Any, model: nn.Module, args: Any) -> None:
+    shared.step.begin([] if shared.disable_adapters else shared.active_adapters)
+
+
+def _stance(config: BottleneckConfig) -> tuple[Any, ...]:
+    """Where an adapter stands beside the sub-layer."""
+    return config.original_ln_before, config.original_ln_after, config.residual_before_ln
+
+
 def _with_names(
     names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -269,6 +324,7 @@ def _by_rows(
     Where the copies differ in size, as heads of tasks do, -inf fills the rows of the smaller ones.
     """
     x, *rest = args
+    require_rows(names, x)
     made = {}
     for name in dict.fromkeys(names):
         rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)

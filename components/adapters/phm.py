@@ -89,7 +89,8 @@ class PHM(Factors):
     def weight(self) -> torch.Tensor:
         """H, (inputs, outputs)."""
         rule = self._shared.get("rule") or self.rule
-        products = torch.einsum("nab,nij->aibj", rule.matrices(), self.weights.matrices())
+        weights = self.weights.matrices()
+        products = torch.einsum("nab,nij->aibj", rule.matrices().to(weights.dtype), weights)
         return products.reshape(-1, self.bias.numel())
 
     @property

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from components.adapters.config import BottleneckConfig
 from components.errors import ConfigError
@@ -63,9 +66,9 @@ class Prefix(nn.Module):
     def fold(self) -> None:
         """Keep the keys and values, let go of the network that made them."""
         if not hasattr(self, "flat"):
-            flat = self.folded().detach()
+            flat, learns = self.folded().detach(), self.inputs.requires_grad
             del self.inputs, self.inner_layer, self.outer_layer
-            self.flat = nn.Parameter(flat)
+            self.flat = nn.Parameter(flat, requires_grad=learns)
 
 
 def fold(model: Any) -> None:
@@ -109,8 +112,6 @@ def attention(
     query: (batch, heads, tokens, features); key, value: (batch, key-value heads, keys, features). Prefixes are visible
     from every token, whatever the mask.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     slot: Any = module.__dict__.get("bottleneck_slot")
     for prefix in slot.active() if slot else ():
         keys, values = (part.to(key.dtype).expand(len(key), -1, -1, -1) for part in prefix.of_layer(slot.layer))
@@ -149,11 +150,6 @@ def _causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 def install(model: Any) -> None:
     """Let the model's attention look for prefixes. Raises ConfigError for a model whose attention is its own code."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     model.set_attn_implementation(ATTENTION)
     if model.config._attn_implementation != ATTENTION:  # transformers warns, and keeps the old one
         raise ConfigError(
@@ -161,3 +157,8 @@ def install(model: Any) -> None:
             f"family {model.config.model_type!r}, which computes it by code of its own",
             "choose a method without prefixes, or another base",
         )
+
+
+# At import, so that a model that comes pickled into another process finds it.
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

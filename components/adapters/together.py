@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,18 +30,24 @@ def answers(model: Any, names: Sequence[str], **inputs: torch.Tensor) -> dict[st
         module.index for module in base.modules()
         if isinstance(module, Site) and any(module.carries(name) for name in names)
     )  # fmt: skip
-    batch = len(next(iter(inputs.values())))
-    with _branching([base.get_submodule(layer) for layer in layers[first:]], batch, len(names)):
-        output = model(**inputs, adapter_names=[name for name in names for _ in range(batch)])
-    made = (output.logits if "logits" in output else output.last_hidden_state).chunk(len(names))
+    batch, times = len(next(iter(inputs.values()))), len(names)
+    repeated = {name: torch.cat([tensor] * times) for name, tensor in inputs.items()}
+    with _shared([base.get_submodule(layer) for layer in layers[: first + 1]], batch, times):
+        output = model(**repeated, adapter_names=[name for name in names for _ in range(batch)])
+    made = (output.logits if "logits" in output else output.last_hidden_state).chunk(times)
     # Where heads differ in size, -inf fills the rows of the smaller ones.
     return {name: part[..., : int(part[0].isfinite().sum(-1).max())] for name, part in zip(names, made, strict=True)}
 
 
 @contextmanager
-def _branching(layers: list[nn.Module], batch: int, times: int) -> Iterator[None]:
-    """The first of the layers repeats what it reads; what the model hands to each of them is repeated with it."""
-    hooks = [layer.register_forward_pre_hook(partial(_repeated, batch, times), with_kwargs=True) for layer in layers]
+def _shared(layers: list[nn.Module], batch: int, times: int) -> Iterator[None]:
+    """The rows come as often as there are adapters: all but the last of these layers compute them once."""
+    *below, last = layers
+    hooks = [
+        layer.register_forward_pre_hook(partial(_narrow, batch, batch * times), with_kwargs=True) for layer in below
+    ]
+    if below:
+        hooks.append(last.register_forward_pre_hook(partial(_widen, batch, times), with_kwargs=True))
     try:
         yield
     finally:
@@ -49,12 +55,22 @@ def _branching(layers: list[nn.Module], batch: int, times: int) -> Iterator[None
             hook.remove()
 
 
-def _repeated(
-    batch: int, times: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    def repeat(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch:
-            return torch.cat([value] * times)
-        return tuple(map(repeat, value)) if isinstance(value, tuple) else value
+def _narrow(batch: int, rows: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return _each(args, lambda tensor: tensor[:batch] if len(tensor) == rows else tensor), {
+        name: _each(value, lambda tensor: tensor[:batch] if len(tensor) == rows else tensor)
+        for name, value in kwargs.items()
+    }
 
-    return repeat(args), {name: repeat(value) for name, value in kwargs.items()}
+
+def _widen(batch: int, times: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Only the hidden states come narrowed; the rest comes from the model as it is."""
+    stream, *others = args if args else (kwargs["hidden_states"],)
+    stream = torch.cat([stream] * times) if len(stream) == batch else stream
+    return ((stream, *others), kwargs) if args else ((), {**kwargs, "hidden_states": stream})
+
+
+def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Every tensor of more than one dimension in a value, changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value) if value.ndim > 1 else value
+    return tuple(_each(part, change) for part in value) if isinstance(value, tuple) else value

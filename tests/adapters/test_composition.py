@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from components.adapters import METHODS
 from components.adapters.drop import drop
 from components.adapters.fusion import Fusion
 from components.adapters.layer import Site
 from components.adapters.regulariser import regulariser
+from components.adapters.step import reseed
 from components.adapters.together import answers
 from components.errors import ConfigError
 from tests.adapters.adapted import INPUTS, classifier, config_of, logits
@@ -88,6 +92,21 @@ def test_rows_that_cannot_be_mixed_are_refused(methods: Sequence[str], names: li
     assert torch.isfinite(hidden(model, inputs("bert"))).all()
 
 
+@pytest.mark.parametrize("names", [["anna"], ["anna", "bruno", "anna"]])
+def test_every_row_needs_a_name(names: list[str]) -> None:
+    with pytest.raises(ConfigError, match="2 rows"):
+        loaded("bert", ("pfeiffer", "pfeiffer"))(**inputs("bert"), adapter_names=names)
+
+
+def test_beams_keep_the_adapter_of_their_row() -> None:
+    config = tiny("gpt2").config
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), config_of("parallel", ()), adapter_name="anna")
+    stir_adapter(model.eval(), "anna")
+    settings = {**inputs("gpt2"), "max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    assert torch.equal(model.generate(**settings, adapter_names=["anna", "anna"]), model.generate(**settings))
+
+
 def test_rows_are_not_mixed_while_training() -> None:
     model = loaded("bert", ("pfeiffer", "pfeiffer")).train()
     with pytest.raises(ConfigError, match="eval"):
@@ -130,6 +149,25 @@ def test_answers_of_tasks_with_different_labels(tmp_path: Path) -> None:
     assert both["anna"].shape == (2, 2)
     assert both["bruno"].shape == (2, 5)
     assert torch.allclose(both["anna"], logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_all_answers_of_models_that_classify_by_the_last_token(family: str) -> None:
+    """They look for it in the inputs, which must come as often as there are adapters."""
+    config = tiny(family).config
+    config.num_labels = 2
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForSequenceClassification.from_config(config), config_of("pfeiffer", ("score",)),
+                           adapter_name="anna")  # fmt: skip
+    model.add_adapter("bruno", config_of("houlsby", ("score",), leave_out=[0]))
+    stir_adapter(model, "anna")
+    stir_adapter(model.eval(), "bruno", 2)
+    batch = inputs(family)
+    with torch.no_grad():
+        both = answers(model, ["bruno", "anna"], **batch)
+        for name in ("anna", "bruno"):
+            model.set_adapter(name)
+            assert torch.allclose(both[name], model(**batch).logits, atol=1e-5)
 
 
 def test_encoder_decoders_are_refused() -> None:
@@ -193,6 +231,9 @@ def test_a_saved_fusion_holds_no_adapters_and_loads_again(tmp_path: Path) -> Non
     stir_adapter(model, "both")
     batch = inputs("bert")
     model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "both" / "adapter_model.safetensors")
+    assert saved
+    assert all(".bottleneck_fusions." in name for name in saved)
     other = PeftModel.from_pretrained(tiny("bert"), tmp_path / "anna", adapter_name="anna")
     other.load_adapter(str(tmp_path / "bruno"), "bruno")
     other.load_adapter(str(tmp_path / "both"), "both")
@@ -207,12 +248,50 @@ def test_a_fusion_without_its_adapters_is_refused(tmp_path: Path) -> None:
         model.load_adapter(str(tmp_path / "both"), "both")
 
 
+@pytest.mark.parametrize(
+    "second", [{"original_ln_before": False}, {"use_gating": True}, {"ln_after": True}, {"drop_layers": 1}]
+)
+def test_adapters_that_do_not_stand_alike_are_not_fused(second: dict[str, Any]) -> None:
+    model = loaded("bert", ("pfeiffer",))
+    model.add_adapter("bruno", config_of("pfeiffer", (), **second))
+    with pytest.raises(ConfigError, match="bruno"):
+        model.add_adapter("both", METHODS["pfeiffer"](fuse=["anna", "bruno"]))
+
+
+def test_an_adapter_that_a_fusion_stands_on_is_not_deleted() -> None:
+    model = fused("bert")
+    with pytest.raises(ConfigError, match="both"):
+        model.delete_adapter("anna")
+    assert torch.isfinite(hidden(model, inputs("bert"))).all()
+
+
+def test_nothing_is_left_to_chance_in_fused_adapters() -> None:
+    model = loaded("bert", ("masked", "masked"))
+    model.add_adapter("both", METHODS["pfeiffer"](fuse=["anna", "bruno"], fusion="static"))
+    model.set_adapter("both")
+    model.train()
+    assert torch.equal(hidden(model, inputs("bert")), hidden(model, inputs("bert")))
+    assert regulariser(model) is None
+
+
 def test_attention_tells_which_adapter_helped() -> None:
     model = fused("bert")
     hidden(model, inputs("bert"))
     seen = [module.seen for module in model.modules() if isinstance(module, Fusion)]
     assert [weights.shape for weights in seen] == [(2, 5, 2)] * 2
     assert all(torch.allclose(weights.sum(-1), torch.ones(2, 5)) for weights in seen)
+
+
+def test_the_masks_loss_is_that_of_every_place_and_of_this_pass_only() -> None:
+    """ALBERT runs its one layer twice."""
+    model = loaded("albert", ("masked",)).train()
+    for _ in range(2):
+        model(**inputs("albert"))
+        assert len(model.base_model.model.shared_of_adapters.step.losses) == 2
+    loss = regulariser(model)
+    assert loss is not None
+    assert 0.1 * 0.2 < float(loss.detach()) < 0.1 * 20
+    copy.deepcopy(model)
 
 
 def sites(model: PeftModel) -> dict[int, Site]:
@@ -246,6 +325,33 @@ def test_dropped_layers_stay_dropped_when_loaded(tmp_path: Path) -> None:
 def test_the_last_layer_keeps_its_adapter(layers: int) -> None:
     with pytest.raises(ConfigError, match="0 to 1 layers"):
         drop(loaded("bert", ("pfeiffer",)), layers)
+
+
+def test_the_active_adapters_range_is_drawn_from() -> None:
+    model = get_peft_model(tiny("bert", num_hidden_layers=6), config_of("pfeiffer", (), drop_range=[0, 1]), "anna")
+    model.add_adapter("bruno", config_of("pfeiffer", (), drop_range=[4, 5]))
+    model.train()
+    step = model.base_model.model.shared_of_adapters.step
+    for name, drawn in (("anna", {0, 1}), ("bruno", {4, 5})):
+        model.set_adapter(name)
+        seen = set()
+        for _ in range(30):
+            model(**inputs("bert"))
+            seen.add(step.layers)
+        assert seen == drawn
+
+
+@pytest.mark.parametrize("other", [(0, 2), (1, 1)])
+def test_each_epoch_of_each_seed_draws_anew(other: tuple[int, int]) -> None:
+    model = loaded("bert", ("pfeiffer",), drop_range=[0, 1])
+    step = model.base_model.model.shared_of_adapters.step
+
+    def drawn(seed: int, epoch: int) -> list[int]:
+        reseed(model, 100_003 * seed + epoch)
+        return [step.random.randint(0, 9) for _ in range(20)]
+
+    assert drawn(0, 1) == drawn(0, 1)
+    assert drawn(0, 1) != drawn(*other)
 
 
 def test_robust_training_drops_another_number_at_each_step() -> None:

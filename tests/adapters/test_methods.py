@@ -256,6 +256,8 @@ def test_other_initialisations_start_near_the_base(kind: str) -> None:
         ({"output_adapter": False}, "mh_adapter"),
         ({"residual_before_ln": "post_add", "original_ln_before": False}, "post_add"),
         ({"phm_layer": True, "phm_dim": 3}, "phm_dim"),
+        ({"stochastic_depth": 1.0}, "stochastic_depth"),
+        ({"prefix_length": 3, "drop_layers": 1}, "AdapterDrop"),
         ({"drop_range": [0, 2]}, "drop_range"),
         ({"drop_range": [1, 0]}, "drop_range"),
     ],
@@ -263,6 +265,69 @@ def test_other_initialisations_start_near_the_base(kind: str) -> None:
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], word: str) -> None:
     with pytest.raises(ConfigError, match=word):
         get_peft_model(tiny("bert"), METHODS["pfeiffer"](**{"reduction_factor": 4, **settings}))
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_was() -> None:
+    base = tiny("bert")
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(ConfigError):
+        get_peft_model(base, METHODS["pfeiffer"](reduction_factor=99))
+    assert [name for name, _ in base.named_modules()] == names
+    model = get_peft_model(base, METHODS["pfeiffer"](reduction_factor=4))
+    assert torch.equal(hidden(model.eval(), "bert"), hidden(tiny("bert"), "bert"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merging_is_refused_before_anything_changes(method: str) -> None:
+    model = adapted("bert", method)
+    stir(model)
+    before = hidden(model, "bert")
+    with pytest.raises(ConfigError, match="merge"):
+        model.merge_and_unload()
+    assert torch.equal(hidden(model, "bert"), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_base_of_half_precision(method: str) -> None:
+    """PEFT keeps the adapter in float32."""
+    base = tiny("bert").to(torch.bfloat16)
+    model = get_peft_model(base, config_of(method, ()), adapter_name="task").eval()
+    stir(model)
+    assert hidden(model, "bert").dtype == torch.bfloat16
+    assert torch.isfinite(hidden(model, "bert")).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_loaded_without_a_second_copy_in_memory(method: str, tmp_path: Path) -> None:
+    model = adapted("bert", method)
+    stir(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("bert"), tmp_path / "task", adapter_name="task", low_cpu_mem_usage=True)
+    assert torch.equal(hidden(loaded.eval(), "bert"), hidden(model, "bert"))
+
+
+@pytest.mark.parametrize("name", ["layer", "encoder", "down", "weight", "rule", "self_0", "dropout"])
+def test_names_of_modules_are_no_names_of_adapters(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        adapted("bert", name=name)
+
+
+def test_one_configuration_makes_two_adapters() -> None:
+    config = config_of("pfeiffer", ())
+    model = get_peft_model(tiny("bert"), config, adapter_name="first")
+    model.add_adapter("second", config)
+    model.peft_config["first"].drop_layers = 1
+    assert model.peft_config["second"].drop_layers == 0
+
+
+def test_after_a_deletion_one_adapter_is_active_everywhere() -> None:
+    model = adapted("bert", "pfeiffer", name="first")
+    model.add_adapter("second", config_of("houlsby", ()))
+    model.add_adapter("a_third", config_of("pfeiffer", ()))
+    stir(model)
+    model.delete_adapter("first")
+    active = {tuple(module.active_adapters) for module in model.modules() if isinstance(module, Site)}
+    assert active == {("second",)}
 
 
 def test_all_wrong_settings_are_told_together() -> None:

@@ -23,6 +23,17 @@ from tests.conftest import make_base
 CHECKPOINTED = [family for family in FAMILIES if family not in ("albert", "mpnet")]  # transformers' own do not allow it
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_under_autocast_rows_may_be_mixed(method: str) -> None:
+    if method == "mam":
+        pytest.skip("prefixes are not mixed")
+    model = model_of("bert", method).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        alone = model(**inputs("bert")).last_hidden_state
+        mixed = model(**inputs("bert"), adapter_names=["task", "task"]).last_hidden_state
+    assert torch.allclose(mixed, alone, atol=0.1)
+
+
 def model_of(family: str, method: str) -> PeftModel:
     torch.manual_seed(1)
     model = get_peft_model(tiny(family), config_of(method, ()), adapter_name="task")
@@ -80,12 +91,23 @@ def test_threads_do_not_see_each_others_streams() -> None:
     assert not wrong
 
 
-def test_a_model_can_be_pickled() -> None:
-    """As processes that are spawned need it."""
-    model = model_of("bert", "parallel").eval()
-    again = pickle.loads(pickle.dumps(model))  # noqa: S301  # our own bytes
+@pytest.mark.parametrize("method", ["parallel", "mam"])
+def test_a_model_can_be_pickled_into_another_process(tmp_path: Path, method: str) -> None:
+    model = model_of("bert", method).eval()
+    (tmp_path / "model").write_bytes(pickle.dumps((model, inputs("bert"))))
+    script = """
+import pickle, sys, torch
+from safetensors.torch import save_file
+model, batch = pickle.load(open(sys.argv[1], "rb"))
+with torch.no_grad():
+    save_file({"hidden": model(**batch).last_hidden_state.contiguous()}, sys.argv[2])
+"""
+    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        assert torch.equal(again(**inputs("bert")).last_hidden_state, model(**inputs("bert")).last_hidden_state)
+        expected = model(**inputs("bert")).last_hidden_state
+    assert torch.allclose(load_file(tmp_path / "out")["hidden"], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["pfeiffer", "mam"])

@@ -1,0 +1,46 @@
+"""What one forward pass of a model knows and leaves for the loss, beside its output."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Step:
+    """layers: how many do without their adapters in this step; None, as many as the configuration says.
+    losses: what adapters add to the task's loss, weighted.  ranges: by adapter, for AdapterDrop.
+    """
+
+    def __init__(self) -> None:
+        self.layers: int | None = None
+        self.losses: list[torch.Tensor] = []
+        self.ranges: dict[str, tuple[int, int]] = {}
+        self.random = random.Random(torch.initial_seed())  # noqa: S311  # no secret
+
+    def begin(self, active: list[str]) -> None:
+        """Of the active adapter's range, both ends included; nothing is drawn where nothing is learned."""
+        self.losses.clear()
+        drawn = [self.ranges[name] for name in active if name in self.ranges]
+        self.layers = self.random.randint(*drawn[0]) if drawn and torch.is_grad_enabled() else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Step:
+        copied = Step()
+        copied.ranges = dict(self.ranges)
+        copied.random.setstate(self.random.getstate())
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "losses": []}
+
+
+def steps_of(model: nn.Module) -> list[Step]:
+    return [module.step for module in model.modules() if isinstance(getattr(module, "step", None), Step)]  # type: ignore[misc]
+
+
+def reseed(model: nn.Module, seed: int) -> None:
+    """From here on a PEFT model draws what it would draw anywhere else from this seed: in other processes, or later."""
+    for step in steps_of(model):
+        step.random.seed(seed)
