@@ -98,7 +98,7 @@ FusionKind = Literal["dynamic", "static", "average", "learned_average"]
 
 
 class FusionConfig(Frozen):
-    """AdapterFusion (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247) of registered adapters, by flows/fuse.py."""
+    """AdapterFusion (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247) of registered adapters."""
 
     kind: FusionKind = Field("dynamic", description="static: without value matrices; averages: the same for all tokens")
     members: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(@[A-Za-z][\w.-]*|/\d+)$")], ...] = Field(

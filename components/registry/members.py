@@ -25,13 +25,13 @@ PLACEMENT = ("mh_adapter", "output_adapter", "cross_adapter", "original_ln_befor
              "residual_before_ln", "leave_out")  # fmt: skip
 
 
-def keep(folder: Path, digest: str, store: str) -> str:
-    """Where the store has the bundle of this folder; it is copied there when it is not yet."""
-    root = store if storage.is_s3(store) else str(Path(store).resolve())
-    uri = storage.join(root, FOLDER, digest)
-    if not storage.exists(storage.join(uri, bundle.MANIFEST)):
-        storage.upload_folder(folder, uri, last=bundle.MANIFEST)
-    return uri
+def place(store: str, digest: str) -> str:
+    """Where a store has the bundle with this digest, if it has it."""
+    return storage.join(store if storage.is_s3(store) else str(Path(store).resolve()), FOLDER, digest)
+
+
+def is_kept(uri: str) -> bool:
+    return storage.exists(storage.join(uri, bundle.MANIFEST))
 
 
 def fetch(member: Member) -> tuple[Path, bundle.Manifest]:
@@ -49,7 +49,7 @@ def fetch(member: Member) -> tuple[Path, bundle.Manifest]:
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as name:
         fresh = Path(name) / member.digest
-        if storage.exists(storage.join(uri, bundle.MANIFEST)):
+        if is_kept(uri):
             storage.download_folder(uri, fresh, last=bundle.MANIFEST)
         manifest = _verified(fresh, member, uri)
         try:
@@ -63,9 +63,7 @@ def fetch(member: Member) -> tuple[Path, bundle.Manifest]:
 def _verified(folder: Path, member: Member, place: str) -> bundle.Manifest:
     wanted, todo = f"member {member} with bundle digest {member.digest[:12]} at {place}", "bring that bundle back"
     if not bundle.is_complete(folder):
-        raise BundleError(
-            wanted, f"no {bundle.MANIFEST}", f"{todo}, or say where it lies with {PATH_VARIABLE}=FOLDER"
-        )
+        raise BundleError(wanted, f"no {bundle.MANIFEST}", f"{todo}, or say where it lies with {PATH_VARIABLE}=FOLDER")
     try:
         manifest = bundle.read_manifest(folder)
     except BundleError as error:
@@ -85,7 +83,12 @@ def configs(members: Sequence[Member], base: BasePin) -> dict[str, PeftConfig]:
     found: dict[str, Any] = {}
     for member in members:
         folder, manifest = fetch(member)
-        bundle.require_base(manifest, base)
+        try:
+            bundle.require_base(manifest, base)
+        except BundleError as error:
+            raise BundleError(
+                f"{error.expected} for a fusion with {member}", error.found, "fuse on one base"
+            ) from error
         config = None if manifest.method == "full" else methods.load_config(folder)
         if config is None or config.peft_type != "BOTTLENECK" or config.fuse or _is_beside(config):
             raise ConfigError(

@@ -39,7 +39,5 @@ def measure(
     places = []
     for (path, site), total in zip(sites, totals, strict=True):
         weights = dict(zip(site.bottleneck_fusions[name].children_names, (total / count).tolist(), strict=True))
-        places.append(
-            {"layer": site.index, "module": path, "weights": [weights.get(each.digest) for each in members]}
-        )
+        places.append({"layer": site.index, "module": path, "weights": [weights.get(each.digest) for each in members]})
     return {"members": [str(member) for member in members], "places": places}

@@ -155,16 +155,12 @@ class TestRefusals:
     def test_a_member_is_found_elsewhere(self, moved: Path, fused: dict[str, Path], lively_base: Path) -> None:
         assert probabilities(fused["dynamic"], lively_base).shape == (len(toy_split().test), 2)
 
-    def test_a_missing_member(
-        self, moved: Path, fused: dict[str, Path], two: list[Member], lively_base: Path
-    ) -> None:
+    def test_a_missing_member(self, moved: Path, fused: dict[str, Path], two: list[Member], lively_base: Path) -> None:
         shutil.rmtree(moved / two[1].digest)
         with pytest.raises(BundleError, match=r"member bruno/1 with bundle digest .* found no manifest.json"):
             loaded(fused["dynamic"], lively_base)
 
-    def test_a_changed_weight(
-        self, moved: Path, fused: dict[str, Path], two: list[Member], lively_base: Path
-    ) -> None:
+    def test_a_changed_weight(self, moved: Path, fused: dict[str, Path], two: list[Member], lively_base: Path) -> None:
         path = moved / two[0].digest / "adapter_model.safetensors"
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
@@ -189,9 +185,7 @@ class TestRefusals:
         with pytest.raises(BundleError, match="as in the manifest"):
             loaded(folder, lively_base)
 
-    def test_members_on_another_base(
-        self, data: DataRef, two: list[Member], tmp_path: Path
-    ) -> None:
+    def test_members_on_another_base(self, data: DataRef, two: list[Member], tmp_path: Path) -> None:
         other = make_base(tmp_path / "other", initializer_range=0.2)
         with pytest.raises(BundleError, match="weights_sha256"):
             job.run(fusion_spec(other, data, two), str(tmp_path / "out"), silent)
@@ -216,7 +210,7 @@ class TestRefusals:
     ) -> None:
         settings = {"reduction_factor": 2, "mh_adapter": True}
         third = member(finished(lively_base, data, "pfeiffer", tmp_path / "b", epochs=1, settings=settings), "clara")
-        with pytest.raises(ConfigError, match="members with the same mh_adapter.*clara/1 has True"):
+        with pytest.raises(ConfigError, match=r"members with the same mh_adapter.*clara/1 has True"):
             job.run(fusion_spec(lively_base, data, [*two, third]), str(tmp_path / "out"), silent)
 
     def test_one_bundle_twice(self, two: list[Member]) -> None:
