@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from components import base_model
+from components.adapters import fusion as layers
 from components.config import BaseConfig
 from components.errors import BundleError, ConfigError
 from components.methods import Fusion, Member
 from components.registry import bundle, members
-from components.training import batching, job, loop
+from components.training import attention, batching, job, loop
 from components.training.spec import DataRef, JobSpec
 from tests.conftest import make_base
 from tests.training.toy_jobs import finished, silent, toy_spec, toy_split
@@ -147,6 +150,24 @@ def test_attention_is_measured_at_each_place(fused: dict[str, Path], two: list[M
     assert all(sum(place["weights"]) == pytest.approx(1, abs=1e-5) for place in measured["places"])
     equal = all(place["weights"] == pytest.approx([0.5, 0.5]) for place in measured["places"])
     assert equal == (kind == "average")
+
+
+def test_attention_does_not_count_padding(fused: dict[str, Path], two: list[Member], lively_base: Path) -> None:
+    """What is measured on batches, padded, is the mean over the tokens of texts that were read one by one."""
+    model: Any = loaded(fused["dynamic"], lively_base)
+    texts = Dataset.from_dict({"text": ["lovely word1", "word3 awful word2 word4 sad word9 word8", "great"]})
+    tokenizer = base_model.load_tokenizer(base_model.find(BaseConfig(name=str(lively_base))))
+    tokens = batching.tokenise(texts, tokenizer, 32)
+    found = attention.measure(model, two, tokens, 0, torch.device("cpu"))
+    fusions = [module for module in model.modules() if isinstance(module, layers.Fusion)]
+    seen = []
+    for row in range(len(texts)):
+        with torch.no_grad():
+            model(**batching.collate(tokens, [row], 0, torch.device("cpu")))
+        seen.append(torch.stack([fusion.seen[0] for fusion in fusions]))
+    mean = torch.cat(seen, dim=1).mean(1)
+    for place, weights in zip(found["places"], mean, strict=True):
+        assert place["weights"] == pytest.approx(weights.tolist(), abs=1e-5)
 
 
 class TestRefusals:
