@@ -23,7 +23,7 @@ AdapterMethod = Literal[
     "bitfit",
     "head",
 ]
-Method = Literal[AdapterMethod, "full"]
+Method = Literal[AdapterMethod, "fusion", "full"]
 
 # Which section of `adapter` sets a method; the others have nothing to set.
 SECTIONS: dict[str, str] = {
@@ -31,6 +31,7 @@ SECTIONS: dict[str, str] = {
     **dict.fromkeys(("compacter", "compacter-plus", "mam", "masked"), "bottleneck"),
     "lora": "lora",
     "prefix": "prefix",
+    "fusion": "fusion",
 }
 Number = float | dict[Annotated[str, BeforeValidator(str)], float]
 
@@ -96,7 +97,45 @@ class Prefix(Frozen):
     length: Positive = Field(20, description="learned keys and values in front of every layer's own")
 
 
-Settings = Bottleneck | Lora | Prefix
+FusionKind = Literal["dynamic", "static", "average", "learned_average"]
+
+
+class FusionConfig(Frozen):
+    """AdapterFusion (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247) of registered adapters."""
+
+    kind: FusionKind = Field("dynamic", description="static: without value matrices; averages: the same for all tokens")
+    members: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*(@[A-Za-z][\w.-]*|/\d+)$")], ...] = Field(
+        min_length=2, description="versions by alias or number: tweets-sentiment@production, movies-sentiment/3"
+    )
+
+
+class Member(Frozen):
+    """A registered version that a fusion stands on: its bundle lies at `uri` and has this digest."""
+
+    name: str
+    version: str
+    uri: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.version}"
+
+
+class Fusion(Frozen):
+    """AdapterFusion of bundles that stay as they are."""
+
+    kind: FusionKind = "dynamic"
+    members: tuple[Member, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _members_differ(self) -> Fusion:
+        if len({member.digest for member in self.members}) < len(self.members):
+            raise ValueError(f"members must be different bundles, found {', '.join(map(str, self.members))}")
+        return self
+
+
+Settings = Bottleneck | Lora | Prefix | Fusion
+KINDS: dict[str, type[Settings]] = {"bottleneck": Bottleneck, "lora": Lora, "prefix": Prefix, "fusion": Fusion}
 
 
 class LearningRates(Frozen):
@@ -118,10 +157,11 @@ class Schedule(Frozen):
 class AdapterConfig(Frozen):
     """The adapter job. A section that the method does not read is refused."""
 
-    method: AdapterMethod = "pfeiffer"
+    method: Literal[AdapterMethod, "fusion"] = "pfeiffer"
     bottleneck: Bottleneck | None = Field(None, description="of pfeiffer, houlsby, parallel, …, mam and masked")
     lora: Lora | None = None
     prefix: Prefix | None = None
+    fusion: FusionConfig | None = None
     schedule: Schedule = Schedule(
         epochs=10, patience=3, learning_rates=LearningRates(body=1e-3, layer_norm=1e-3, head=1e-3)
     )
@@ -140,17 +180,32 @@ class AdapterConfig(Frozen):
         if foreign:
             reads = f"reads adapter.{own}" if own else "has no section of its own"
             raise ValueError(f"method {self.method} {reads}: remove {', '.join(foreign)}")
+        if self.method == "fusion" and self.fusion is None:
+            raise ValueError("method fusion reads adapter.fusion: give its members")
         return self
 
     @property
     def settings(self) -> Settings | None:
-        """The section of the method, with defaults where it is not given; None when there is nothing to set."""
-        own = SECTIONS.get(self.method)
+        """The section of the method, with defaults where it is not given; None when there is nothing to set.
+
+        Those of a fusion are not known before its members are found.
+        """
+        own = None if self.fusion else SECTIONS.get(self.method)
         return None if own is None else getattr(self, own) or settings_of(self.method)
 
 
 def settings_of(method: str, **given: Any) -> Settings | None:
     """The settings of a method from plain values; None for a method without. Raises ValidationError."""
-    kinds: dict[str, type[Settings]] = {"bottleneck": Bottleneck, "lora": Lora, "prefix": Prefix}
+    kind = kind_of(method)
+    return None if kind is None else kind.model_validate(given)
+
+
+def kind_of(method: str) -> type[Settings] | None:
+    """What the settings of a method are; None for a method without."""
     own = SECTIONS.get(method)
-    return None if own is None else kinds[own].model_validate(given)
+    return None if own is None else KINDS[own]
+
+
+def members_of(settings: Settings | None) -> tuple[Member, ...]:
+    """The bundles that a fusion stands on; none for any other method."""
+    return settings.members if isinstance(settings, Fusion) else ()

@@ -16,11 +16,19 @@ from components.config import RetrainConfig
 from components.errors import AdapterlineError, ConfigError, RegistryError
 from infra import local
 
+ABOUT = "Retrain an adapter, compare it with full fine-tuning, register it if it passes the gate."
 
-def main(flow: Callable[[RetrainConfig], str], arguments: list[str] | None = None) -> int:
+
+def main(
+    flow: Callable[[RetrainConfig], str],
+    arguments: list[str] | None = None,
+    module: str = "flows.retrain",
+    about: str = ABOUT,
+) -> int:
+    """module: what was started with -m.  about: what it does, in a sentence."""
     parser = argparse.ArgumentParser(
-        prog="python -m flows.retrain",
-        description="Retrain an adapter, compare it with full fine-tuning, register it if it passes the gate.",
+        prog=f"python -m {module}",
+        description=about,
         epilog="exit code: 0 registered or up to date, 2 the gate failed, 3 the test part is too small, 1 an error",
     )
     what = parser.add_mutually_exclusive_group(required=True)

@@ -102,6 +102,14 @@ def trained(role: str, spec: JobSpec, measured: Mapping[str, Any], reused: bool)
         log.info("          cut at %d tokens: %s of the training texts", spec.training.max_tokens, shares)
 
 
+def attention(measured: Mapping[str, Any]) -> None:
+    """How much each member of a fusion counted, over all layers."""
+    rows = [[weight or 0.0 for weight in place["weights"]] for place in measured["places"]]
+    shares = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    said = (f"{name} {share:.0%}" for name, share in zip(measured["members"], shares, strict=True))
+    log.info("attention %s", ", ".join(said))
+
+
 def results(judged: Judged, baseline: Trained, adapter: Trained) -> None:
     """The comparison and the verdict with its reasons."""
     for line in (*_comparison(judged, baseline, adapter), "", *_verdict(judged.report)):

@@ -28,6 +28,7 @@ from components.data.ledger import Record
 from components.data.split import split as split_rows
 from components.errors import AdapterlineError, BundleError, ConfigError, RegistryError
 from components.evaluation import gate as rules
+from components.methods import Member
 from components.registry import bundle, tracking, versions
 from components.registry.versions import Version
 from components.training import progress
@@ -73,11 +74,14 @@ def fetch(config: RetrainConfig) -> Rows:
 
 
 @task(**RETRIED, name="plan")
-def plan(config: RetrainConfig, rows: Rows) -> Plan:
-    """Pin the base model and fix what will be trained."""
+def plan(config: RetrainConfig, rows: Rows, members: tuple[Member, ...] = ()) -> Plan:
+    """Pin the base model and fix what will be trained. members: those of a fusion."""
+    if config.adapter.fusion and not members:
+        raise ConfigError("a method that trains by itself", "fusion", "run flows.fuse with these parameters")
     base = base_model.find(config.base)
     at_once = jobs.at_once(config.compute)
-    return Plan(config, base.pin, rows.data_digest, rows.labels, at_once, jobs.limits(config.compute, at_once))
+    limits = jobs.limits(config.compute, at_once)
+    return Plan(config, base.pin, rows.data_digest, rows.labels, at_once, limits, members)
 
 
 @task(**RETRIED, name="up to date?")
@@ -119,7 +123,8 @@ def recorded(config: RetrainConfig, rows: Rows, plan: Plan) -> Iterator[Run]:
     }
     reports = Path(config.compute.workspace) / "reports" / plan.digest[:16]
     reports.mkdir(parents=True, exist_ok=True)
-    run = Run(connection, tracking.start(connection, f"retrain {config.model}", tags), reports, config.registry.store)
+    name = f"{'fuse' if config.adapter.fusion else 'retrain'} {config.model}"
+    run = Run(connection, tracking.start(connection, name, tags), reports, config.registry.store)
     try:
         tracking.record(connection, run.id, params=_flat(config.model_dump(mode="json")))
         yield run
@@ -143,7 +148,7 @@ def validate(config: RetrainConfig, rows: Rows, run: Run) -> None:
     tracking.keep(run.tracking, run.id, {"data/report.html": report.html, "data/validation.json": report.result})
     link = run.tracking.page(run.id, "data/report.html")
     create_link_artifact(
-        link, "data report", key=_key("data", config.model), description="What Great Expectations found"
+        link, "data report", key=key("data", config.model), description="What Great Expectations found"
     )
     for warning in report.warnings:
         log.warning("warning   expected %s; found %s", warning.expected, warning.found)
@@ -241,7 +246,7 @@ def _own_bundle(out: Path, spec: JobSpec) -> bundle.Manifest:
 def _follow(spec: JobSpec, out: Path, run: Run, run_id: str, compute: ComputeConfig) -> None:
     """Run the job, showing its progress on the screen and on the run's page."""
     artifact: Any = create_progress_artifact(
-        0.0, key=_key("training", run.reports.name, spec.method), description=f"training {spec.method}"
+        0.0, key=key("training", run.reports.name, spec.method), description=f"training {spec.method}"
     )
     shown = 0.0
 
@@ -292,7 +297,7 @@ def gate(config: RetrainConfig, split: Record, baseline: Trained, adapter: Train
     tracking.keep(run.tracking, run.id, {"gate/gate.json": json.dumps(report.as_json(), indent=2)})
     table = screen.rule_rows(report)
     tracking.keep_table(run.tracking, run.id, table, "gate/rules.json")
-    create_table_artifact(table, key=_key("gate", config.model), description=f"# {config.model}: {report.verdict}")
+    create_table_artifact(table, key=key("gate", config.model), description=f"# {config.model}: {report.verdict}")
     tracking.record(
         run.tracking,
         run.id,
@@ -338,6 +343,7 @@ def register(config: RetrainConfig, plan: Plan, split: Record, adapter: Trained,
         "split_digest": split.split_digest,
         "split_uri": split.split_uri,
         "gate_run": run.id,
+        **({"members": ", ".join(map(str, plan.members))} if plan.members else {}),
         **base_model.describe(plan.base),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -347,7 +353,7 @@ def register(config: RetrainConfig, plan: Plan, split: Record, adapter: Trained,
     )
 
 
-def _key(*parts: str) -> str:
+def key(*parts: str) -> str:
     """Key of a Prefect artifact: small letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 

@@ -11,6 +11,7 @@ from components.base_model import BasePin
 from components.config import RetrainConfig
 from components.data.ledger import Record
 from components.evaluation.gate import GateReport
+from components.methods import Fusion, Member, Settings
 from components.registry.bundle import Manifest
 from components.registry.tracking import Tracking
 from components.training.spec import DataRef, JobSpec, Limits, code_version
@@ -19,6 +20,7 @@ from components.training.spec import DataRef, JobSpec, Limits, code_version
 WITHOUT_EFFECT: dict[str, Any] = {
     "compute": {"deployment", "job_variables", "processes", "workspace", "threads", "job_memory_gb", "timeout_hours"},
     "registry": True, "report": True, "data": {"source", "revision"},
+    "adapter": {"fusion": {"members"}},  # the bundles that these stand for today decide
 }  # fmt: skip
 
 
@@ -36,7 +38,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be trained, and the digest of everything that decides the outcome."""
+    """What is to be trained, and the digest of everything that decides the outcome. members: those of a fusion."""
 
     config: RetrainConfig
     base: BasePin
@@ -44,17 +46,25 @@ class Plan:
     labels: tuple[str, ...]
     jobs_at_once: int
     limits: Limits
+    members: tuple[Member, ...] = ()
 
     @property
     def digest(self) -> str:
         settings = self.config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
-        return digest.of_json([self.data_digest, settings, self.base.model_dump(mode="json"), digest.of_code("")])
+        bundles = [member.digest for member in self.members]
+        base = self.base.model_dump(mode="json")
+        return digest.of_json([self.data_digest, settings, base, digest.of_code(""), bundles])
 
     def adapter(self, split: Record) -> JobSpec:
         return self._job(split, self.config.adapter.method)
 
     def baseline(self, split: Record) -> JobSpec:
         return self._job(split, "full")
+
+    @property
+    def _settings(self) -> Settings | None:
+        adapter = self.config.adapter
+        return Fusion(kind=adapter.fusion.kind, members=self.members) if adapter.fusion else adapter.settings
 
     def _job(self, split: Record, method: str) -> JobSpec:
         adapter, full = self.config.adapter, method == "full"
@@ -64,7 +74,7 @@ class Plan:
                 "base": self.base,
                 "data": DataRef(uri=split.split_uri, digest=split.split_digest),
                 "labels": self.labels,
-                "settings": None if full else adapter.settings,
+                "settings": None if full else self._settings,
                 "schedule": self.config.baseline.schedule if full else adapter.schedule,
                 "training": self.config.training,
                 "limits": self.limits,

@@ -39,8 +39,8 @@ def merged(section: str, values: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", NAMES)
 def test_preset_is_valid_and_opens_with_its_command(name: str) -> None:
     path = config.preset(name)
-    assert config.load(path).model
-    assert path.read_text().splitlines()[0] == f"# python -m flows.retrain --preset {name}"
+    flow = "fuse" if config.load(path).adapter.fusion else "retrain"
+    assert path.read_text().splitlines()[0] == f"# python -m flows.{flow} --preset {name}"
 
 
 def test_presets_register_different_models() -> None:

@@ -20,9 +20,12 @@ class Fusion(nn.Module):
         super().__init__()
         self.children_names = children
         self.config = config
+        self.seen: torch.Tensor | None = None  # the weights of the last batch, (batch, tokens, adapters)
 
     def forward(self, query: torch.Tensor, contributions: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         weights = self.weights(query, contributions)
+        if not self.training:
+            self.seen = weights.detach()
         return self.values(torch.einsum("bta,btah->bth", weights, contributions)) + residual
 
     def weights(self, query: torch.Tensor, contributions: torch.Tensor) -> torch.Tensor:
@@ -54,14 +57,10 @@ class Attention(Fusion):
             nn.init.constant_(self.value.weight, 1e-6)
             with torch.no_grad():
                 self.value.weight.fill_diagonal_(1.0)
-        self.seen: torch.Tensor | None = None  # the weights of the last batch, (batch, tokens, adapters)
 
     def weights(self, query: torch.Tensor, contributions: torch.Tensor) -> torch.Tensor:
         scores = torch.einsum("bth,btah->bta", self.query(query), self.key(contributions))
-        weights = torch.softmax(scores, dim=-1)
-        if not self.training:
-            self.seen = weights.detach()
-        return weights
+        return torch.softmax(scores, dim=-1)
 
     def values(self, mixed: torch.Tensor) -> torch.Tensor:
         # Linear, so that it may come after the sum as well as before: as many times cheaper as there are adapters.

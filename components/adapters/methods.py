@@ -15,7 +15,7 @@ from peft.utils import constants
 from components.adapters import bitfit
 from components.adapters.config import METHODS, BottleneckConfig
 from components.errors import BundleError, ConfigError
-from components.methods import Bottleneck, Lora, Prefix, Settings
+from components.methods import Bottleneck, Fusion, Lora, Prefix, Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,12 +114,20 @@ def _head(settings: None, head: list[str], family: str) -> PeftConfig:
     return bitfit.head_only(head)
 
 
+def _fusion(settings: Fusion, head: list[str], family: str) -> PeftConfig:
+    """Its members are adapters that are named by the digests of their bundles."""
+    return BottleneckConfig(
+        fuse=[member.digest for member in settings.members], fusion=settings.kind, modules_to_save=head
+    )
+
+
 OTHERS: dict[str, Callable[[Any, list[str], str], PeftConfig]] = {
     "lora": _lora,
     "ia3": _ia3,
     "prefix": _prefix,
     "bitfit": _bitfit,
     "head": _head,
+    "fusion": _fusion,
 }
 
 
@@ -148,6 +156,8 @@ def misfits(base: Path, method: str, settings: Settings | None, max_tokens: int)
         beside = f" beside {length} of the prefix" if length else ""
         problem = f"training.max_tokens: {max_tokens}{beside}, at most the base's {longest} positions"
         problems = [problem] if max_tokens + length > longest else []
+    if method == "fusion":  # built of bundles, which are looked at where they are found
+        return problems
     return problems or _unbuildable(config, method, settings)
 
 

@@ -30,13 +30,16 @@ def is_adapted(model: nn.Module) -> bool:
 
 
 def training_mode(model: nn.Module) -> None:
-    """Dropout, masks and the like where something is learned: a frozen base computes what it will compute when used."""
+    """Dropout, masks and the like where something is learned: a frozen base computes what it will compute when used,
+    and so do the adapters that a fusion stands on.
+    """
     if not is_adapted(model):
         model.train()
         return
     model.eval()
     for module in own_modules(model):
-        module.train()
+        own = list(module.parameters())
+        module.train(not own or any(parameter.requires_grad for parameter in own))
 
 
 def own_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -1,6 +1,7 @@
 """The bundle: the folder a job leaves. Only safetensors and JSON, so nothing in it can execute.
 
 adapter_config.json, adapter_model.safetensors    the adapter with its head, as PEFT saves it …
+                      (a fusion without the adapters that it stands on: the manifest says where these are)
 config.json, model.safetensors                    … or, for method `full`, the whole model
 job.json              the spec it was made from
 metrics.json          scores, parameters, seconds, one entry an epoch
@@ -22,6 +23,7 @@ from components import digest
 from components.base_model import BaseModel, BasePin, load_classifier
 from components.config import Frozen
 from components.errors import BundleError
+from components.methods import Member
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +40,7 @@ class File(Frozen):
 
 
 class Manifest(Frozen):
-    """What a bundle is and holds."""
+    """What a bundle is and holds. members: the bundles without which a fusion is nothing."""
 
     format: Literal[1] = 1
     method: str
@@ -48,6 +50,7 @@ class Manifest(Frozen):
     code: str
     seed: int
     base: BasePin
+    members: tuple[Member, ...] = ()
     labels: tuple[str, ...]
     max_tokens: int
     trained_parameters: int
@@ -57,7 +60,8 @@ class Manifest(Frozen):
 
     @property
     def digest(self) -> str:
-        return digest.of_json(self.model_dump(mode="json"))
+        without = None if self.members else {"members"}  # as it was before there were fusions
+        return digest.of_json(self.model_dump(mode="json", exclude=without))
 
     @property
     def bytes(self) -> int:
@@ -171,7 +175,16 @@ def load_model(folder: Path, manifest: Manifest, base: BaseModel) -> Any:
 
     Raises BundleError when a tensor is missing, unexpected or of another shape, or the base is another one.
     """
-    wanted, found = manifest.base, base.pin
+    require_base(manifest, base.pin)
+    model, _ = load_classifier(base, manifest.labels)
+    model = _load_full(folder, model) if manifest.method == "full" else _load_adapter(folder, manifest, model)
+    model.eval()
+    return model
+
+
+def require_base(manifest: Manifest, found: BasePin) -> None:
+    """Raise BundleError when a bundle was made for another base."""
+    wanted = manifest.base
     for what in ("weights_sha256", "tokenizer_sha256"):
         if getattr(wanted, what) != getattr(found, what):
             raise BundleError(
@@ -179,36 +192,39 @@ def load_model(folder: Path, manifest: Manifest, base: BaseModel) -> Any:
                 f"{found.name} with {getattr(found, what)[:12]}",
                 "load the bundle with the base it was trained on",
             )
-    model, _ = load_classifier(base, manifest.labels)
-    model = _load_full(folder, model) if manifest.method == "full" else _load_adapter(folder, model)
-    model.eval()
-    return model
 
 
 def _load_full(folder: Path, model: Any) -> Any:
     from safetensors.torch import load_file
 
     state = load_file(folder / "model.safetensors")
-    _require_same(state, {name: tensor for name, tensor in model.state_dict().items() if "position_ids" not in name})
+    require_same(state, {name: tensor for name, tensor in model.state_dict().items() if "position_ids" not in name})
     model.load_state_dict(state, strict=True)
     return model
 
 
-def _load_adapter(folder: Path, model: Any) -> Any:
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+def _load_adapter(folder: Path, manifest: Manifest, model: Any) -> Any:
     from safetensors.torch import load_file
 
     from components.adapters import methods  # also registers ours with PEFT
+    from components.registry import members
 
-    model = get_peft_model(model, methods.load_config(folder), adapter_name=ADAPTER_NAME)
-    state = load_file(folder / "adapter_model.safetensors")
-    wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-    _require_same(state, wanted)
-    set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
+    config = methods.load_config(folder)
+    model = members.adapted(model, config, manifest.members, manifest.base)
+    load_adapter_weights(model, ADAPTER_NAME, load_file(folder / "adapter_model.safetensors"))
     return model
 
 
-def _require_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+def load_adapter_weights(model: Any, name: str, state: dict[str, torch.Tensor]) -> None:
+    """Put weights into an adapter of a PEFT model. Raises BundleError unless they are exactly the ones it has."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    require_same(state, get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    set_peft_model_state_dict(model, state, adapter_name=name)
+
+
+def require_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Raise BundleError unless both have tensors of the same names and shapes."""
     missing, unexpected = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     if missing or unexpected:
         raise BundleError(

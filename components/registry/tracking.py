@@ -6,10 +6,12 @@ import functools
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from components import storage
@@ -167,6 +169,15 @@ def keep(tracking: Tracking, run_id: str, files: Mapping[str, str]) -> None:
     """Save texts as artifacts of a run: {path in the run: content}."""
     for path, content in files.items():
         tracking.client.log_text(run_id, content, path)
+
+
+@_translated
+def keep_image(tracking: Tracking, run_id: str, content: bytes, path: str) -> None:
+    """Save a picture, as it would lie in a file, as an artifact of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / path.rpartition("/")[2]
+        file.write_bytes(content)
+        tracking.client.log_artifact(run_id, str(file), path.rpartition("/")[0] or None)
 
 
 @_translated

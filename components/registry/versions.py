@@ -14,16 +14,18 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from components import storage
 from components.errors import RegistryError
-from components.registry import bundle
+from components.methods import Member
+from components.registry import bundle, members
 from components.registry.tracking import Tracking, calls, load_mlflow
 
 if TYPE_CHECKING:
@@ -57,17 +59,61 @@ class Version:
 
 def with_alias(tracking: Tracking, name: str, alias: str) -> Version | None:
     """The version under an alias, None when the model or the alias is not there."""
+    return _looked_up(tracking, tracking.client.get_model_version_by_alias, name, alias)
+
+
+def _looked_up(tracking: Tracking, ask: Callable[[str, str], Any], name: str, which: str) -> Version | None:
     from mlflow.exceptions import MlflowException
 
     with calls(tracking.uri):
         try:
-            found = tracking.client.get_model_version_by_alias(name, alias)
+            found = ask(name, which)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
         uri = _artifact_uri(tracking, name, str(found.version))
     return Version(name, str(found.version), uri, int(found.tags.get("bytes", 0)), found.tags)
+
+
+def find(tracking: Tracking, reference: str) -> Version:
+    """The version that `tweets-sentiment@production` or `tweets-sentiment/3` stands for.
+
+    Raises RegistryError when there is none, or it was not registered by these flows.
+    """
+    by_alias = "@" in reference
+    ask = tracking.client.get_model_version_by_alias if by_alias else tracking.client.get_model_version
+    name, _, which = reference.partition("@" if by_alias else "/")
+    version = _looked_up(tracking, ask, name, which)
+    if version is None:
+        raise RegistryError(f"a registered version {reference}", "none", "retrain that model, or correct its name")
+    if version.tags.get("state") != "proven" or "bundle_digest" not in version.tags:
+        raise RegistryError(
+            f"a proven version {reference}", f"version {version.number} without that tag", "name another"
+        )
+    return version
+
+
+def member(tracking: Tracking, reference: str, store: str) -> Member:
+    """A registered version as a member of fusions: its bundle is kept in the store, where versions that stand on it
+    find it for as long as they live.
+
+    Raises RegistryError when there is no such version, or its bundle is not the one that was registered.
+    """
+    version = find(tracking, reference)
+    digest = version.tags["bundle_digest"]
+    uri = members.place(store, digest)
+    if not members.is_kept(uri):
+        with tempfile.TemporaryDirectory() as folder, calls(tracking.uri):
+            load_mlflow(tracking.uri).artifacts.download_artifacts(version.uri, dst_path=folder)
+            manifests = list(Path(folder).rglob(bundle.MANIFEST))
+            found = bundle.read_manifest(manifests[0].parent).digest if manifests else "none"
+            if found != digest:
+                raise RegistryError(
+                    f"{version.address} with bundle digest {digest[:12]}", found[:12], "name another version"
+                )
+            storage.upload_folder(manifests[0].parent, uri, last=bundle.MANIFEST)
+    return Member(name=version.name, version=version.number, uri=uri, digest=digest)
 
 
 def answering(tracking: Tracking, name: str, run_digest: str) -> Version | None:

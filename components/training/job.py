@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from components import cache, storage
 from components.errors import AdapterlineError, ConfigError
+from components.methods import members_of
 from components.registry import bundle
 from components.training import distributed, memory, progress
 from components.training.distributed import ALONE, Group
@@ -131,7 +132,7 @@ def _learn(
     import torch
 
     from components import base_model
-    from components.training import checkpoint, loop
+    from components.training import checkpoint, finishing, loop
 
     if group.is_main:
         out.mkdir(parents=True, exist_ok=True)
@@ -166,12 +167,13 @@ def _learn(
     )
     checkpoint.load_best(out, learner, state.best_epoch)
     trained = sum(parameter.numel() for parameter in learner.trained.values())
-    curve = _finished(spec, model, tokens["validation"], padding, device)
+    beside = finishing.finish(spec, model, tokens, padding, device)
     probabilities = loop.predict(model, tokens["test"], padding, device, group)
     predictions = bundle.Predictions(list(parts["test"]["row"]), tokens["test"].labels, probabilities)
 
     def finish() -> bundle.Manifest:
-        _write(out, spec, model, predictions, {**_metrics(spec, state, tokens, predictions, trained, device), **curve})
+        measured = {**_metrics(spec, state, tokens, predictions, trained, device), **beside}
+        _write(out, spec, model, predictions, measured)
         checkpoint.clear(out)
         return bundle.write_manifest(
             out,
@@ -182,6 +184,7 @@ def _learn(
             code=spec.code,
             seed=spec.seed,
             base=spec.base,
+            members=members_of(spec.settings),
             labels=spec.labels,
             max_tokens=spec.training.max_tokens,
             trained_parameters=trained,
@@ -208,11 +211,11 @@ def _data(spec: JobSpec, base: BaseModel) -> tuple[dict[str, Dataset], dict[str,
 
 def _model(spec: JobSpec, base: BaseModel, device: torch.device) -> tuple[nn.Module, int]:
     """The model to train, and how many parameters stay frozen beside the trained ones."""
-    from peft import get_peft_model
-
     from components import base_model
     from components.adapters.methods import peft_config
+    from components.adapters.parameters import own_modules
     from components.adapters.places import positions
+    from components.registry.members import adapted
 
     model, head = base_model.load_classifier(base, spec.labels)
     longest = positions(model.config)
@@ -223,21 +226,13 @@ def _model(spec: JobSpec, base: BaseModel, device: torch.device) -> tuple[nn.Mod
     frozen = sum(parameter.numel() for parameter in model.base_model.parameters())
     if spec.method == "full":
         return model.to(device), 0
+    members = members_of(spec.settings)
     config = peft_config(spec.method, spec.settings, list(head), model)
-    return get_peft_model(model, config, adapter_name=bundle.ADAPTER_NAME).to(device), frozen
-
-
-def _finished(spec: JobSpec, model: Any, tokens: Any, padding: int, device: torch.device) -> dict[str, Any]:
-    """What is done to an adapter once it is trained: prefixes are folded, layers are dropped. The operating curve."""
-    from components.adapters import prefix
-    from components.methods import Bottleneck
-    from components.training import operating_curve
-
-    prefix.fold(model)
-    if not isinstance(spec.settings, Bottleneck) or spec.settings.drop_margin is None:
-        return {}
-    curve = operating_curve.measure(model, tokens, spec.training, padding, device)
-    return {"operating_curve": operating_curve.settle(model, curve, spec.settings.drop_margin)}
+    model = adapted(model, config, members, spec.base).to(device)
+    if members:
+        parameters = [each for module in own_modules(model) for each in module.parameters()]
+        frozen += sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
+    return model, frozen
 
 
 def _metrics(

@@ -9,10 +9,10 @@ from components.base_model import BasePin
 from components.config import TrainingConfig
 from components.errors import ConfigError
 from components.frozen import Frozen
-from components.methods import Method, Schedule, Settings, settings_of
+from components.methods import Method, Schedule, Settings, kind_of
 
 # What a training's result depends on; changing any of it makes another code version.
-CODE = ("adapters", "training", "base_model", "evaluation/metrics", "registry/bundle")
+CODE = ("adapters", "training", "base_model", "evaluation/metrics", "registry/bundle", "registry/members")
 
 
 class DataRef(Frozen):
@@ -50,7 +50,7 @@ class JobSpec(Frozen):
 
     @model_validator(mode="after")
     def _settings_are_the_methods(self) -> JobSpec:
-        wanted, found = type(settings_of(self.method)), type(self.settings)
+        wanted, found = kind_of(self.method) or type(None), type(self.settings)
         if wanted is not found:
             raise ValueError(f"method {self.method} has settings of type {wanted.__name__}, found {found.__name__}")
         return self

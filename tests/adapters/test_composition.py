@@ -17,6 +17,7 @@ from components.adapters import METHODS
 from components.adapters.drop import drop
 from components.adapters.fusion import Fusion
 from components.adapters.layer import Site
+from components.adapters.parameters import training_mode
 from components.adapters.regulariser import regulariser
 from components.adapters.step import reseed
 from components.adapters.together import answers
@@ -368,3 +369,17 @@ def test_robust_training_drops_another_number_at_each_step() -> None:
     assert {torch.allclose(each, whole, atol=1e-6) for each in seen} == {True, False}
     assert all(torch.allclose(each, whole, atol=1e-6) or torch.allclose(each, dropped, atol=1e-6) for each in seen)
     assert torch.equal(hidden(model.eval(), batch), whole)
+
+
+def test_while_a_fusion_learns_its_adapters_compute_what_they_will_compute_when_used() -> None:
+    model = loaded("bert", ("masked", "masked"), mask_rate=0.5)
+    model.add_adapter("both", METHODS["pfeiffer"](fuse=["anna", "bruno"]))
+    model.set_adapter("both")
+    batch = inputs("bert")
+    quiet = hidden(model.eval(), batch)
+    training_mode(model)
+    assert all(module.training for module in model.modules() if isinstance(module, Fusion))
+    assert torch.equal(hidden(model, batch), quiet)
+    learned = regulariser(model)
+    assert learned is not None
+    assert float(learned) < 1e-8, "nobody tells which neurons are masked"

@@ -27,8 +27,8 @@ def save(settings: config.RetrainConfig, path: Path) -> str:
 @pytest.mark.parametrize("name", sorted(path.stem for path in config.PRESETS.glob("*.yaml")))
 def test_every_preset_is_valid_and_opens_with_its_command(name: str) -> None:
     path = config.preset(name)
-    assert path.read_text().startswith(f"# python -m flows.retrain --preset {name}\n")
-    config.load(path)
+    flow = "fuse" if config.load(path).adapter.fusion else "retrain"
+    assert path.read_text().startswith(f"# python -m flows.{flow} --preset {name}\n")
 
 
 @pytest.mark.parametrize(

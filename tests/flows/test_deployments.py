@@ -40,6 +40,7 @@ POOLS = {
     "retrain/nightly": "local",
     "retrain/on-demand": "local",
     "retrain/on-new-data": "local",
+    "fuse/on-demand": "local",
     "train/local": "local",
     "train/cpu": "docker",
     "train/gpu": "docker",
