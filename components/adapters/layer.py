@@ -14,11 +14,10 @@ from torch import nn
 from components.adapters.bottleneck import Bottleneck, Norm
 from components.adapters.config import BottleneckConfig
 from components.adapters.fusion import Fusion, make
+from components.adapters.rows import BASE, own_copy, require_rows
 from components.adapters.step import Step
 from components.adapters.stream import Stream, remember, stand_in
 from components.errors import ConfigError
-
-BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -211,24 +210,11 @@ def placed(part: nn.Module, like: torch.Tensor) -> nn.Module:
     return part.to(like.dtype) if meta else part.to(like.device, like.dtype)
 
 
-def require_rows(names: Sequence[str], rows: torch.Tensor) -> None:
-    """Raises ConfigError unless there is a name for each row."""
-    if len(names) != len(rows):
-        raise ConfigError(f"adapter_names for {len(rows)} rows", f"{len(names)}", "pass one a row")
-
-
 def _in_its_dtype(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The base may be of fewer bits than the adapter."""
     dtype = next(norm.parameters()).dtype
     normed: torch.Tensor = norm(x.to(dtype))
     return normed.to(x.dtype)
-
-
-def own_copy(wrapper: ModulesToSaveWrapper, name: str) -> nn.Module:
-    """The adapter's copy of a module that is trained as a whole; the base's where it has none."""
-    copies: nn.ModuleDict = wrapper.modules_to_save
-    original: nn.Module = wrapper.original_module
-    return copies[name] if name in copies else original  # noqa: SIM401  # a ModuleDict has no get()
 
 
 def _like(bottleneck: Bottleneck, x: torch.Tensor) -> torch.Tensor:

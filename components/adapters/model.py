@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from components.adapters import places, prefix
+from components.adapters import places, prefix, rows
 from components.adapters.config import PEFT_TYPE, BottleneckConfig
-from components.adapters.layer import BASE, AdapterLayer, SharedParts, Site, own_copy, placed, require_rows
+from components.adapters.layer import AdapterLayer, SharedParts, Site, placed
 from components.adapters.phm import shared_parts
 from components.errors import ConfigError
 
@@ -277,27 +275,18 @@ class BottleneckModel(BaseTuner):
             return
         names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
         self._check_rows(names)
-        handles = []
-        for module in self.model.modules():
-            if isinstance(module, Site):
-                handles.append(module.register_forward_pre_hook(partial(_with_names, names), with_kwargs=True))
-            elif isinstance(module, ModulesToSaveWrapper):
-                handles.append(module.register_forward_hook(partial(_by_rows, names), with_kwargs=True))
-        try:
+        with rows.mixed(self.model, names):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _check_rows(self, names: list[str]) -> None:
-        unknown = sorted(set(names) - {BASE, *self.peft_config})
+        unknown = sorted(set(names) - {rows.BASE, *self.peft_config})
         if unknown:
             raise ConfigError(
-                f"adapters among {', '.join(self.peft_config)} or {BASE}", ", ".join(unknown), "load them first"
+                f"adapters among {', '.join(self.peft_config)} or {rows.BASE}", ", ".join(unknown), "load them first"
             )
         if self.training:
             raise ConfigError("a model in eval mode for rows of several adapters", "training mode", "call eval()")
-        if any(self.peft_config[name].prefix_length for name in set(names) - {BASE}):
+        if any(self.peft_config[name].prefix_length for name in set(names) - {rows.BASE}):
             raise ConfigError("adapters without prefixes in one batch", "prefixes", "run those one at a time")
 
 
@@ -308,33 +297,6 @@ def _begin(shared: Any, model: nn.Module, args: Any) -> None:
 def _stance(config: BottleneckConfig) -> tuple[Any, ...]:
     """Where an adapter stands beside the sub-layer."""
     return config.original_ln_before, config.original_ln_after, config.residual_before_ln
-
-
-def _with_names(
-    names: list[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return args, {**kwargs, "adapter_names": names}
-
-
-def _by_rows(
-    names: list[str], wrapper: ModulesToSaveWrapper, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor
-) -> torch.Tensor:
-    """Each row by its adapter's own copy of the module; PEFT's does so for linear ones alone.
-
-    Where the copies differ in size, as heads of tasks do, -inf fills the rows of the smaller ones.
-    """
-    x, *rest = args
-    require_rows(names, x)
-    made = {}
-    for name in dict.fromkeys(names):
-        rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
-        own = own_copy(wrapper, name)
-        made[name] = rows, own.forward(x[rows], *rest, **kwargs)  # past its hooks, which want whole batches
-    widest = max(part.shape[-1] for _, part in made.values())
-    mixed = output.new_full((*output.shape[:-1], widest), -torch.inf)
-    for rows, part in made.values():
-        mixed[rows, ..., : part.shape[-1]] = part
-    return mixed
 
 
 def register() -> None:

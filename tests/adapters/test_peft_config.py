@@ -36,7 +36,8 @@ def test_every_bottleneck_method_can_be_named_and_only_those_read_that_section()
 
 
 def test_every_setting_of_a_bottleneck_is_one_of_its_peft_config() -> None:
-    assert set(Bottleneck.model_fields) <= set(BottleneckConfig.__dataclass_fields__)
+    read_by_the_job = {"drop_margin"}
+    assert set(Bottleneck.model_fields) - read_by_the_job <= set(BottleneckConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("method", METHODS)
