@@ -2,8 +2,6 @@
 
 from components.adapters.bitfit import BitFitConfig
 from components.adapters.config import METHODS, BottleneckConfig
-from components.adapters.model import BottleneckModel, register
-
-register()
+from components.adapters.model import BottleneckModel
 
 __all__ = ["METHODS", "BitFitConfig", "BottleneckConfig", "BottleneckModel"]

@@ -18,6 +18,7 @@ from components.adapters import places, prefix, rows
 from components.adapters.config import PEFT_TYPE, BottleneckConfig
 from components.adapters.layer import AdapterLayer, SharedParts, Site, placed
 from components.adapters.phm import shared_parts
+from components.adapters.registration import register
 from components.errors import ConfigError
 
 SHARED = "shared_of_adapters"  # PEFT passes over names that hold its prefix when it deletes an adapter
@@ -299,13 +300,4 @@ def _stance(config: BottleneckConfig) -> tuple[Any, ...]:
     return config.original_ln_before, config.original_ln_after, config.residual_before_ln
 
 
-def register() -> None:
-    """Make the method known to PEFT. Harmless when called again."""
-    from peft import mapping
-
-    for table, entry in (
-        (mapping.PEFT_TYPE_TO_CONFIG_MAPPING, BottleneckConfig),
-        (mapping.PEFT_TYPE_TO_TUNER_MAPPING, BottleneckModel),
-        (mapping.PEFT_TYPE_TO_PREFIX_MAPPING, BottleneckModel.prefix),
-    ):
-        table[PEFT_TYPE] = entry
+register(PEFT_TYPE, BottleneckConfig, BottleneckModel)

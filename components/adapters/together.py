@@ -19,8 +19,13 @@ def answers(model: Any, names: Sequence[str], **inputs: torch.Tensor) -> dict[st
     """Logits by adapter, or last hidden states of a model without a head; each row equals that of the adapter alone.
 
     model: a PEFT model of BOTTLENECK adapters in eval mode.  inputs: of one batch, (batch, ...) each. The adapters may
-    have heads of different sizes. Raises ConfigError for encoder-decoder models and for adapters with prefixes.
+    have heads of different sizes. Raises ConfigError for unknown adapters, for those
+    with prefixes, and for encoder-decoder models.
     """
+    unknown = [name for name in names if name not in model.peft_config]
+    if unknown or not names:
+        found = ", ".join(unknown) or "no name"
+        raise ConfigError(f"adapters among {', '.join(model.peft_config)}", found, "load them first")
     base = model.base_model.model
     stacks = places.of_model(base, model.peft_config[names[0]].places)
     if len(stacks) > 1:

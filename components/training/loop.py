@@ -113,7 +113,7 @@ def fit(
         state.epoch += 1
         begin = time.perf_counter()
         torch.manual_seed(group.seed(seed, state.epoch))  # so that a resumed epoch draws what it would have drawn
-        step.reseed(model, 100_003 * seed + state.epoch)  # layers are dropped by all processes alike
+        step.reseed(model, seed, state.epoch)  # layers are dropped by all processes alike
         training_mode(model)
         losses = []
         for rows in training_batches(train.lengths, training.batch_size, seed, state.epoch):

@@ -171,6 +171,11 @@ def test_all_answers_of_models_that_classify_by_the_last_token(family: str) -> N
             assert torch.allclose(both[name], model(**batch).logits, atol=1e-5)
 
 
+def test_answers_of_an_unknown_adapter_are_refused() -> None:
+    with pytest.raises(ConfigError, match="nobody"):
+        answers(loaded("bert", ("pfeiffer",)), ["nobody"], **inputs("bert"))
+
+
 def test_encoder_decoders_are_refused() -> None:
     with pytest.raises(ConfigError, match="decoder"):
         answers(loaded("t5", ("pfeiffer", "pfeiffer")), ["anna", "bruno"], **inputs("t5"))
@@ -348,11 +353,12 @@ def test_each_epoch_of_each_seed_draws_anew(other: tuple[int, int]) -> None:
     step = model.base_model.model.shared_of_adapters.step
 
     def drawn(seed: int, epoch: int) -> list[int]:
-        reseed(model, 100_003 * seed + epoch)
+        reseed(model, seed, epoch)
         return [step.random.randint(0, 9) for _ in range(20)]
 
     assert drawn(0, 1) == drawn(0, 1)
     assert drawn(0, 1) != drawn(*other)
+    assert drawn(0, 2) != drawn(1, 1)
 
 
 def test_robust_training_drops_another_number_at_each_step() -> None:
