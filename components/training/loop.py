@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from components.evaluation import metrics
 from components.methods import Schedule
 from components.training.batching import Tokens, collate, scoring_batches, training_batches
 from components.training.distributed import ALONE, Group
+from components.training.precision import arithmetic
 from components.training.progress import Meter, Progress
 
 SCORING_BATCH = 64
@@ -105,7 +105,7 @@ def fit(
     """
     model, device, group = learner.model, learner.device, learner.group
     weights = _class_weights(train.labels, training.class_weights, model.config.num_labels, device)
-    precision = autocast(device, training.precision)
+    precision = arithmetic(device, training.precision)
     per_epoch = math.ceil(len(train.ids) / training.batch_size)
     meter = Meter(report, per_epoch * schedule.epochs, schedule.epochs, state.step)
 
@@ -116,33 +116,34 @@ def fit(
         step.reseed(model, seed, state.epoch)  # layers are dropped by all processes alike
         training_mode(model)
         losses = []
-        for rows in training_batches(train.lengths, training.batch_size, seed, state.epoch):
-            mine, labels = group.share(rows, train.labels)
-            inputs = collate(train, mine, padding, device)
-            target = torch.from_numpy(labels).to(device)
-            with precision():
-                logits = model(**inputs).logits
-            loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum")
-            loss /= len(rows) if weights is None else weights[train.labels[rows]].sum()  # of the whole batch
-            if (beside := regulariser(model)) is not None:
-                loss = loss + beside / group.size
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            loss = group.combine(loss.detach(), learner.trained.values())
-            nn.utils.clip_grad_norm_(learner.trained.values(), training.clip_norm)
-            learner.optimizer.step()
-            learner.scheduler.step()
-            learner.optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss))
-            if not math.isfinite(losses[-1]):
-                raise TrainingError(
-                    "a finite loss",
-                    f"{losses[-1]} at step {state.step + 1}",
-                    "lower the learning rates, or set precision: fp32",
-                )
-            state.step += 1
-            tokens = int(train.lengths[rows].sum())
-            state.tokens += tokens
-            meter.step(state.step, state.epoch, losses[-1], tokens)
+        with precision.frozen(model):
+            for rows in training_batches(train.lengths, training.batch_size, seed, state.epoch):
+                mine, labels = group.share(rows, train.labels)
+                inputs = collate(train, mine, padding, device)
+                target = torch.from_numpy(labels).to(device)
+                with precision.forward(inputs["input_ids"].shape[1]):
+                    logits = model(**inputs).logits
+                loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum")
+                loss /= len(rows) if weights is None else weights[train.labels[rows]].sum()  # of the whole batch
+                if (beside := regulariser(model)) is not None:
+                    loss = loss + beside / group.size
+                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                loss = group.combine(loss.detach(), learner.trained.values())
+                nn.utils.clip_grad_norm_(learner.trained.values(), training.clip_norm)
+                learner.optimizer.step()
+                learner.scheduler.step()
+                learner.optimizer.zero_grad(set_to_none=True)
+                losses.append(float(loss))
+                if not math.isfinite(losses[-1]):
+                    raise TrainingError(
+                        "a finite loss",
+                        f"{losses[-1]} at step {state.step + 1}",
+                        "lower the learning rates, or set precision: fp32",
+                    )
+                state.step += 1
+                tokens = int(train.lengths[rows].sum())
+                state.tokens += tokens
+                meter.step(state.step, state.epoch, losses[-1], tokens)
         state.seconds += time.perf_counter() - begin
         probabilities = predict(model, validation, padding, device, group)
         measured = group.from_main(partial(metrics.measure, validation.labels, probabilities))  # one decides for all
@@ -171,26 +172,6 @@ def predict(
             logits = model(**collate(tokens, rows, padding, device)).logits
             result[rows] = torch.softmax(logits.float(), dim=-1).cpu().numpy()
     return group.total(result)
-
-
-def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager[Any]]:
-    """bfloat16 where the device computes in it, else float32. Raises TrainingError when it is asked for and missing."""
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-    if precision == "bf16" and not able:
-        raise TrainingError(
-            "a device that computes in bfloat16", f"{device.type} without it", "set training.precision: auto"
-        )
-    if precision == "fp32" or not able:
-        return nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
-
-
-def _cpu_has_bf16() -> bool:
-    from torch.backends import cpu
-
-    return (
-        bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()) and "AVX512" in cpu.get_cpu_capability()
-    )
 
 
 def _class_weights(labels: npt.NDArray[np.int64], kind: str, classes: int, device: torch.device) -> torch.Tensor | None:

@@ -59,9 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="at most so many, instead of the presets'")
+    parser.add_argument("--rows", type=int, help="of a task at most so many, drawn once; split like the presets'")
     parser.add_argument("--at-once", type=int, default=2, help="jobs side by side, one thread each")
     options = parser.parse_args(arguments)
-    data = {task: _data(_config(task)) for task in options.tasks}
+    data = {task: _data(_config(task), options.rows) for task in options.tasks}
     wanted = [(task, method, seed) for task in options.tasks for method in options.methods for seed in options.seeds]
 
     def run(what: tuple[str, str, int]) -> tuple[tuple[str, str, int], Path]:
@@ -97,10 +98,13 @@ def _banking77() -> Path:
     return whole
 
 
-def _data(config: RetrainConfig) -> tuple[DataRef, tuple[str, ...]]:
+def _data(config: RetrainConfig, most: int | None) -> tuple[DataRef, tuple[str, ...]]:
     read = sources.read(config.data)
     labels = rows.label_names(read.table, config.data.labels)
-    parts = split(rows.clean(read.table, labels), config.split)
+    table = read.table
+    if most and most < len(table):
+        table = table.shuffle(seed=0).select(range(most))
+    parts = split(rows.clean(table, labels), config.split)
     folder = OUT / "splits" / parts.digest[:16]
     if not folder.is_dir():
         ledger.save(parts, str(folder))
