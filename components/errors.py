@@ -17,6 +17,7 @@
     ├── RegistryError           a version could not be registered, or is not what was registered
     │   └── RegistryUnavailable MLflow did not answer              (a retry can help)
     ├── ModelBusy               another run retrains the same model
+    ├── UpgradeError            models could not be retrained on another base
     └── GateRejected            the gate did not pass; everything was measured and logged
         ├── GateFailed          exit code 2
         └── GateInconclusive    exit code 3
@@ -114,6 +115,10 @@ class RegistryUnavailable(RegistryError):
 
 class ModelBusy(AdapterlineError):
     """Another run retrains the same model."""
+
+
+class UpgradeError(AdapterlineError):
+    """Some models could not be retrained on another base; the others were."""
 
 
 class GateRejected(AdapterlineError):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from components import config
 from components.config import RetrainConfig
@@ -24,8 +25,9 @@ def main(
     arguments: list[str] | None = None,
     module: str = "flows.retrain",
     about: str = ABOUT,
+    upgrade: Callable[..., list[str]] | None = None,
 ) -> int:
-    """module: what was started with -m.  about: what it does, in a sentence."""
+    """module: what was started with -m.  about: what it does, in a sentence.  upgrade: the flow behind --all-from."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=about,
@@ -34,6 +36,8 @@ def main(
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--preset", help="a ready parameter set of flows/presets, and a method if you like: tweets+lora")
     what.add_argument("--config", type=Path, help="your own YAML file")
+    if upgrade:
+        _add_upgrade(parser, what)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. gate.margin=0.02"
     )
@@ -42,6 +46,10 @@ def main(
     _listen(options.debug)
     local.interrupt_on_sigterm()
     try:
+        if upgrade and _is_upgrade(options):
+            with _servers(), _terminal():
+                upgrade(options.base, options.all_from, options.standing_on, _overrides(options.set), options.list)
+            return 0
         read = config.load_preset if options.preset else config.load
         settings = read(options.preset or options.config, _overrides(options.set))
         with _servers() as stack, _terminal():
@@ -61,6 +69,31 @@ def main(
         sys.stderr.write("interrupted: run the same command again to go on from the last checkpoint\n")
         return 130
     return 0
+
+
+def _add_upgrade(parser: argparse.ArgumentParser, what: Any) -> None:
+    """Another base for everything that stands under an alias: flows/upgrade.py."""
+    what.add_argument(
+        "--all-from",
+        type=str.lower,
+        choices=("production", "candidate"),
+        help="retrain every model with this alias on the base given by --base, each on its own rows, and compare",
+    )
+    group = parser.add_argument_group("with --all-from")
+    group.add_argument("--base", help="the new base: minilm, a folder, or a hub id with --set base.revision=COMMIT")
+    group.add_argument("--standing-on", metavar="OLD", help="only what stands on this base: name, revision or digest")
+    group.add_argument("--list", action="store_true", help="say what would be done, and do nothing")
+
+
+def _is_upgrade(options: argparse.Namespace) -> bool:
+    """Raises ConfigError when only half of it was given."""
+    if options.all_from and not options.base:
+        raise ConfigError("--base NEW with --all-from", "none", "name the base that the adapters are to stand on")
+    given = [f"--{name}" for name in ("base", "standing-on", "list") if getattr(options, name.replace("-", "_"))]
+    if given and not options.all_from:
+        todo = "add --all-from production, or use --set base.name=… for one model"
+        raise ConfigError("--all-from with --base, --standing-on and --list", ", ".join(given), todo)
+    return bool(options.all_from)
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:

@@ -25,21 +25,25 @@ from flows.turns import alone
 
 @flow(name="fuse", persist_result=False)
 def fuse(
-    config: RetrainConfig | None = None, preset: str | None = None, overrides: dict[str, Any] | None = None
+    config: RetrainConfig | None = None,
+    preset: str | None = None,
+    overrides: dict[str, Any] | None = None,
+    saved_split: str | None = None,
 ) -> str:
     """Register a fusion of `config.adapter.fusion.members` as candidate of `config.model` if it passes the gate.
     Returns the version that answers, as models:/NAME/NUMBER.
 
     config, or a preset of flows/presets; overrides: dotted keys, e.g. {"adapter.fusion.kind": "static"}.
+    saved_split: as of flows/retrain.py.
 
     Raises AdapterlineError; of these, GateFailed and GateInconclusive when the gate did not pass.
     """
     config = configs.settle(config, preset, overrides or {})
     with alone(config.model):
         members = composition.members(config)
-        rows = steps.fetch(config)
+        rows = steps.fetch(config, saved_split)
         plan = steps.plan(config, rows, members)
-        if standing := steps.up_to_date(config, plan):
+        if standing := steps.up_to_date(config, plan, rows):
             screen.up_to_date(standing)
             return standing.address
         steps.check(config)

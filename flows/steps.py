@@ -29,11 +29,11 @@ from components.data.split import split as split_rows
 from components.errors import AdapterlineError, BundleError, ConfigError, RegistryError
 from components.evaluation import gate as rules
 from components.methods import Member
-from components.registry import bundle, tracking, versions
+from components.registry import bundle, standing, tracking, versions
 from components.registry.versions import Version
 from components.training import progress
 from components.training.spec import JobSpec
-from flows import elsewhere, jobs, screen
+from flows import elsewhere, jobs, saved, screen
 from flows.values import Judged, Plan, Rows, Run, Trained
 
 if TYPE_CHECKING:
@@ -60,9 +60,13 @@ SHOWN = {"method", "settings", "schedule", "training", "seed"}
 
 
 @task(**RETRIED, name="fetch")
-def fetch(config: RetrainConfig) -> Rows:
-    """Read the labelled rows and keep a copy, named by digest, in the workspace."""
+def fetch(config: RetrainConfig, split: str | None = None) -> Rows:
+    """Read the labelled rows and keep a copy, named by digest, in the workspace. split: digest of one that was saved,
+    whose rows are taken instead.
+    """
     storage.require(config.registry.store)
+    if split is not None:
+        return saved.rows(config, split)
     read = sources.read(config.data)
     labels = rows.label_names(read.table, config.data.labels)
     digest_ = rows.data_digest(read.table)
@@ -85,9 +89,12 @@ def plan(config: RetrainConfig, rows: Rows, members: tuple[Member, ...] = ()) ->
 
 
 @task(**RETRIED, name="up to date?")
-def up_to_date(config: RetrainConfig, plan: Plan) -> Version | None:
+def up_to_date(config: RetrainConfig, plan: Plan, rows: Rows) -> Version | None:
     """The version that an equal run already made and that still stands, if there is one."""
-    return versions.answering(tracking.connect(config.registry), config.model, plan.digest)
+    found = versions.answering(tracking.connect(config.registry), config.model, plan.digest)
+    if found and isinstance(rows.kept, Record) and found.tags.get("split_digest") != rows.kept.split_digest:
+        return None  # the same rows, parted otherwise
+    return found
 
 
 @task(**STEP, name="check")
@@ -95,16 +102,20 @@ def check(config: RetrainConfig) -> None:
     """Does the adapter fit the base, and the store the place where jobs run? Raises ConfigError with everything that
     does not, before anything is trained.
     """
-    from components.adapters.methods import misfits
-
-    base = base_model.find(config.base)
-    problems = misfits(base.path, config.adapter.method, config.adapter.settings, config.training.max_tokens)
+    require_fit(config, base_model.find(config.base).path)
     if config.compute.deployment and not storage.is_s3(config.registry.store):
         raise ConfigError(
             f"registry.store at s3:// for jobs in {config.compute.deployment}",
             config.registry.store,
             "name a bucket that both can reach",
         )
+
+
+def require_fit(config: RetrainConfig, base: Path) -> None:
+    """Raise ConfigError with everything of the adapter and the training that the base in this folder does not allow."""
+    from components.adapters.methods import misfits
+
+    problems = misfits(base, config.adapter.method, config.adapter.settings, config.training.max_tokens)
     if problems:
         raise ConfigError("an adapter that fits the base model", "; ".join(problems), "correct adapter and training")
 
@@ -127,6 +138,7 @@ def recorded(config: RetrainConfig, rows: Rows, plan: Plan) -> Iterator[Run]:
     run = Run(connection, tracking.start(connection, name, tags), reports, config.registry.store)
     try:
         tracking.record(connection, run.id, params=_flat(config.model_dump(mode="json")))
+        tracking.keep(connection, run.id, {standing.CONFIG: config.model_dump_json(indent=2)})
         yield run
     except BaseException as error:
         reason = str(error) if isinstance(error, AdapterlineError) else type(error).__name__
@@ -138,10 +150,12 @@ def recorded(config: RetrainConfig, rows: Rows, plan: Plan) -> Iterator[Run]:
 @task(**RETRIED, name="validate")
 def validate(config: RetrainConfig, rows: Rows, run: Run) -> None:
     """Check the rows against all expectations. Raises ValidationFailed before anything is trained."""
+    if isinstance(rows.kept, Record):
+        return  # they were accepted before
     accepted = ledger.records(config.registry.store, config.model)
     previous = accepted[-1].rows_per_label if accepted else None
     report = expectations.validate(
-        ledger.read_table(rows.path), rows.labels, config.validation, previous, config.report.show_samples
+        ledger.read_table(rows.kept), rows.labels, config.validation, previous, config.report.show_samples
     )
     page = run.reports / "data.html"
     page.write_text(report.html, encoding="utf-8")
@@ -161,9 +175,11 @@ def validate(config: RetrainConfig, rows: Rows, run: Run) -> None:
 @task(**RETRIED, name="split")
 def split(config: RetrainConfig, rows_: Rows, run: Run) -> Record:
     """Part the rows without leaks; the same data and settings give the split that was saved for them."""
+    if isinstance(rows_.kept, Record):
+        return saved.split(rows_.kept, run)
     store = config.registry.store
     settings = digest.of_json([config.split.model_dump(mode="json"), digest.of_code(*SPLIT_CODE)])
-    cleaned = rows.clean(ledger.read_table(rows_.path), rows_.labels)
+    cleaned = rows.clean(ledger.read_table(rows_.kept), rows_.labels)
     earlier = ledger.records(store, config.model)
     # Only the newest record may answer: since an older one, further rows may have been held out for testing.
     record = earlier[-1] if earlier and earlier[-1].answers(rows_.data_digest, settings, rows_.labels) else None
@@ -192,7 +208,7 @@ def split(config: RetrainConfig, rows_: Rows, run: Run) -> Record:
 @task(**RETRIED, name="train", task_run_name="train {spec.method}")
 def train(spec: JobSpec, compute: ComputeConfig, run: Run) -> Trained:
     """Run one job, or take its bundle when it is there already."""
-    out = Path(compute.workspace) / "jobs" / f"{spec.method}-{spec.digest[:16]}"
+    out = job_folder(spec, compute)
     reused = bundle.is_complete(out)
     role = "baseline" if spec.method == "full" else "adapter"
     run_id = tracking.start(run.tracking, f"{role} {spec.method}", {"role": role, "job_digest": spec.digest}, run.id)
@@ -228,6 +244,11 @@ def train(spec: JobSpec, compute: ComputeConfig, run: Run) -> Trained:
     tracking.finish(run.tracking, run_id)
     screen.trained(role, spec, measured, reused)
     return Trained(out, manifest, run_id, measured["training_seconds"], reused)
+
+
+def job_folder(spec: JobSpec, compute: ComputeConfig) -> Path:
+    """Where a job leaves its bundle."""
+    return Path(compute.workspace) / "jobs" / f"{spec.method}-{spec.digest[:16]}"
 
 
 def _own_bundle(out: Path, spec: JobSpec) -> bundle.Manifest:

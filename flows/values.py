@@ -26,9 +26,12 @@ WITHOUT_EFFECT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as read, saved in the workspace. `revision` is the commit of a hub data set."""
+    """Rows as read, kept in the workspace, or those of a data set that was accepted before, split as it was.
 
-    path: Path
+    `revision` is the commit of a hub data set.
+    """
+
+    kept: Path | Record
     data_digest: str
     source: str
     revision: str | None

@@ -61,6 +61,19 @@ def newest(store: str, model: str) -> Record | None:
     return _record(storage.join(folder, found[-1])) if found else None
 
 
+def accepted(store: str, model: str, split_digest: str) -> Record:
+    """The newest record of a model with this split. Raises DataError when it was never accepted."""
+    found = records(store, model)
+    for record in reversed(found):
+        if record.split_digest == split_digest:
+            return record
+    raise DataError(
+        f"an accepted data set of {model} with split {split_digest[:12]} in {store}",
+        f"{len(found)} others",
+        "name the store that it was trained from, or retrain it on new rows",
+    )
+
+
 def accept(store: str, model: str, split: Split, data_digest: str, split_config_digest: str, number: int) -> Record:
     """Save a split and append its record under `number`, one more than the records it was made with.
 

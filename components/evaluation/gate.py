@@ -163,7 +163,8 @@ def _broken(evidence: Evidence) -> str | None:
     return None
 
 
-def _correct(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+def correct(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+    """1 where the most probable class is the label, else 0, (rows,)."""
     right: Floats = (probabilities.argmax(axis=1) == labels).astype(float)
     return right
 
@@ -171,8 +172,8 @@ def _correct(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Floats:
 def _against_baseline(evidence: Evidence, config: GateConfig, rng: np.random.Generator) -> RuleVerdict:
     return _compared(
         "vs full fine-tuning",
-        _correct(evidence.adapter, evidence.labels),
-        _correct(evidence.baseline, evidence.labels),
+        correct(evidence.adapter, evidence.labels),
+        correct(evidence.baseline, evidence.labels),
         config.margin,
         config,
         rng,
@@ -190,8 +191,8 @@ def _against_champion(evidence: Evidence, config: GateConfig, rng: np.random.Gen
     labels = evidence.labels[champion.rows]
     return _compared(
         rule,
-        _correct(evidence.adapter[champion.rows], labels),
-        _correct(champion.probabilities, labels),
+        correct(evidence.adapter[champion.rows], labels),
+        correct(champion.probabilities, labels),
         config.champion_margin,
         config,
         rng,
@@ -199,7 +200,7 @@ def _against_champion(evidence: Evidence, config: GateConfig, rng: np.random.Gen
 
 
 def _slices(evidence: Evidence, config: GateConfig, rng: np.random.Generator) -> list[RuleVerdict]:
-    adapter, baseline = _correct(evidence.adapter, evidence.labels), _correct(evidence.baseline, evidence.labels)
+    adapter, baseline = correct(evidence.adapter, evidence.labels), correct(evidence.baseline, evidence.labels)
     rules = []
     for name, rows in slices(evidence.labels, evidence.lengths, evidence.label_names, config.length_buckets):
         if len(rows) < max(config.slice_min_rows, 1):
@@ -243,8 +244,8 @@ def _bundle_size(evidence: Evidence, config: GateConfig) -> RuleVerdict:
 def _against_tfidf(evidence: Evidence, config: GateConfig, rng: np.random.Generator) -> RuleVerdict:
     rule = _compared(
         "better than TF-IDF",
-        _correct(evidence.adapter, evidence.labels),
-        _correct(evidence.tfidf, evidence.labels),
+        correct(evidence.adapter, evidence.labels),
+        correct(evidence.tfidf, evidence.labels),
         0.0,
         config,
         rng,

@@ -172,6 +172,16 @@ def keep(tracking: Tracking, run_id: str, files: Mapping[str, str]) -> None:
 
 
 @_translated
+def kept(tracking: Tracking, run_id: str, path: str) -> str | None:
+    """A text that was saved as an artifact of a run; None when it has none at this path."""
+    folder = path.rpartition("/")[0] or None
+    if path not in {item.path for item in tracking.client.list_artifacts(run_id, folder)}:
+        return None
+    with tempfile.TemporaryDirectory() as target:
+        return Path(tracking.client.download_artifacts(run_id, path, target)).read_text(encoding="utf-8")
+
+
+@_translated
 def keep_image(tracking: Tracking, run_id: str, content: bytes, path: str) -> None:
     """Save a picture, as it would lie in a file, as an artifact of a run."""
     with tempfile.TemporaryDirectory() as folder:

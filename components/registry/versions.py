@@ -104,16 +104,26 @@ def member(tracking: Tracking, reference: str, store: str) -> Member:
     digest = version.tags["bundle_digest"]
     uri = members.place(store, digest)
     if not members.is_kept(uri):
-        with tempfile.TemporaryDirectory() as folder, calls(tracking.uri):
-            load_mlflow(tracking.uri).artifacts.download_artifacts(version.uri, dst_path=folder)
-            manifests = list(Path(folder).rglob(bundle.MANIFEST))
-            found = bundle.read_manifest(manifests[0].parent).digest if manifests else "none"
-            if found != digest:
-                raise RegistryError(
-                    f"{version.address} with bundle digest {digest[:12]}", found[:12], "name another version"
-                )
-            storage.upload_folder(manifests[0].parent, uri, last=bundle.MANIFEST)
+        with tempfile.TemporaryDirectory() as folder:
+            place, _ = fetched(tracking, version, Path(folder))
+            storage.upload_folder(place, uri, last=bundle.MANIFEST)
     return Member(name=version.name, version=version.number, uri=uri, digest=digest)
+
+
+def fetched(tracking: Tracking, version: Version, folder: Path) -> tuple[Path, bundle.Manifest]:
+    """The bundle of a version, copied below `folder` and compared with its manifest.
+
+    Raises RegistryError when it is not the one that was registered.
+    """
+    with calls(tracking.uri):
+        load_mlflow(tracking.uri).artifacts.download_artifacts(version.uri, dst_path=str(folder))
+    wanted = version.tags["bundle_digest"]
+    place = next((path.parent for path in folder.rglob(bundle.MANIFEST)), None)
+    manifest = None if place is None else bundle.read_manifest(place)
+    if place is None or manifest is None or manifest.digest != wanted:
+        found = manifest.digest[:12] if manifest else "none"
+        raise RegistryError(f"{version.address} with bundle digest {wanted[:12]}", found, "name another version")
+    return place, manifest
 
 
 def answering(tracking: Tracking, name: str, run_digest: str) -> Version | None:

@@ -161,3 +161,14 @@ def test_frozen_rows_that_were_changed_are_refused(store: str, first: Split, sec
     (frozen / f"{one.frozen_digest}.parquet").replace(frozen / f"{other.frozen_digest}.parquet")
     with pytest.raises(DataError, match="frozen test rows"):
         ledger.load_frozen(store, other, tmp_path)
+
+
+def test_an_accepted_data_set_is_found_by_its_split(store: str, first: Split, second: Split) -> None:
+    record = accept(store, first)
+    accept(store, second, "other data")
+    assert ledger.accepted(store, "model", first.digest) == record
+
+
+def test_a_split_that_was_never_accepted_is_not_found(store: str, first: Split, second: Split) -> None:
+    accept(store, first)
+    assert "found 1 others" in str(refusal(lambda: ledger.accepted(store, "model", second.digest)))

@@ -39,16 +39,21 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(tmp_path: Path, workspace: Path, tiny_base: Path) -> Settings:
     """Makes configurations: toy rows on the tiny base, dotted overrides with `__` for the dots."""
+    return settings_in(tmp_path, workspace, tiny_base)
+
+
+def settings_in(folder: Path, workspace: Path, base: Path) -> Settings:
+    """The same with rows in this folder, on another base."""
 
     def make(model: str, rows: int = 600, **overrides: Any) -> RetrainConfig:
-        path = tmp_path / f"{model}-{rows}.csv"
+        path = folder / f"{model}-{rows}.csv"
         if not path.exists():
             write_csv(path, toy_rows(rows))
         content: dict[str, Any] = {
             "model": model,
             "data": {"source": str(path)},
             "split": {"test": 0.3},
-            "base": {"name": str(tiny_base)},
+            "base": {"name": str(base)},
             "adapter": {
                 "bottleneck": {"reduction_factor": 2},
                 "schedule": {"epochs": 8, "learning_rates": {"body": 1e-2, "layer_norm": 1e-2, "head": 1e-2}},

@@ -13,6 +13,7 @@ import yaml
 from components import config
 from flows import command as cli
 from flows.retrain import retrain
+from flows.upgrade import upgrade
 from tests.flows.conftest import Settings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -47,6 +48,22 @@ def test_wrong_parameters_are_one_line_and_exit_code_1(
     assert cli.main(retrain, arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: expected ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--all-from", "production"], "expected --base NEW with --all-from; found none"),
+        (["--preset", "tweets", "--base", "other"], "expected --all-from with --base"),
+        (["--preset", "tweets", "--list"], "expected --all-from with --base"),
+    ],
+)
+def test_half_an_upgrade_is_one_line_and_exit_code_1(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(retrain, arguments, upgrade=upgrade) == 1
+    (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
 

@@ -41,6 +41,7 @@ POOLS = {
     "retrain/on-demand": "local",
     "retrain/on-new-data": "local",
     "fuse/on-demand": "local",
+    "upgrade/on-demand": "local",
     "train/local": "local",
     "train/cpu": "docker",
     "train/gpu": "docker",
