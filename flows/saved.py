@@ -30,7 +30,23 @@ def rows(config: RetrainConfig, split_digest: str) -> Rows:
         ledger.load_parts(record.split_uri, record.split_digest, Path(folder))
     count = sum(record.rows_per_part.values())
     log.info("data      %s rows accepted on %s, as they were split then", f"{count:,}", record.accepted_at[:10])
+    if since := _held_out_since(config, record):
+        log.info("          %s of those learned from were held out later: comparisons leave them out", f"{since:,}")
     return Rows(record, record.data_digest, record.split_uri, None, record.labels, count)
+
+
+def _held_out_since(config: RetrainConfig, record: Record) -> int:
+    """How many rows that a version learns from this split were held out by later data sets.
+
+    It learns from them as the version did that was trained on this split before; whoever compares a version on a later
+    test part asks `ledger.learned_rows` which of its rows do not count.
+    """
+    newest = ledger.newest(config.registry.store, config.model)
+    if newest is None or newest.frozen_digest == record.frozen_digest:
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        frozen = ledger.load_frozen(config.registry.store, newest, Path(folder))
+    return len(set(frozen["row"]) & ledger.learned_rows(record.split_uri))
 
 
 def split(record: Record, run: Run) -> Record:

@@ -40,6 +40,12 @@ def test_overrides_reach_every_configuration_and_change_no_kept_one() -> None:
     assert before == KEPT
 
 
+def test_a_deployment_without_a_place_for_jobs_leaves_them_with_the_run() -> None:
+    """Where TRAIN_ON is not set, prefect.yaml gives an empty text."""
+    kept = {**KEPT, "compute": {"deployment": "train/gpu"}}
+    assert changed(kept, ask("new", {"compute.deployment": ""}), "here").compute.deployment is None
+
+
 @pytest.mark.parametrize("key", ["model", "data.source", "split.seed", "validation.min_rows"])
 def test_models_and_rows_stay_what_they_are(key: str) -> None:
     with pytest.raises(ConfigError, match=f"found {key}"):
