@@ -102,13 +102,13 @@ def check(config: RetrainConfig) -> None:
     """Does the adapter fit the base, and the store the place where jobs run? Raises ConfigError with everything that
     does not, before anything is trained.
     """
-    require_fit(config, base_model.find(config.base).path)
     if config.compute.deployment and not storage.is_s3(config.registry.store):
         raise ConfigError(
             f"registry.store at s3:// for jobs in {config.compute.deployment}",
             config.registry.store,
             "name a bucket that both can reach",
         )
+    require_fit(config, base_model.find(config.base).path)
 
 
 def require_fit(config: RetrainConfig, base: Path) -> None:
