@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import numpy as np
 
 from components import digest
 from components.config import GateConfig, RegistryConfig
-from components.data import ledger
 from components.evaluation import gate
 from components.registry import bundle, promotion, tracking, versions
 from components.registry.promotion import Registry
 from components.registry.versions import Version
 from components.training.spec import DataRef
+from tests.training.toy_jobs import finished, saved_split
 
 POLICY = GateConfig(margin=0.2, champion_margin=0.05, slice_margin=0.4, max_trainable_share=0.5, must_beat_tfidf=False)
 
@@ -29,11 +29,7 @@ class Shelf:
     root: Path
     trained: Path
     data: DataRef
-    registry: Registry = field(init=False)
-
-    def __post_init__(self) -> None:
-        config = RegistryConfig(store=str(self.root / "store"), tracking_uri=f"sqlite:///{self.root}/mlflow.db")
-        self.registry = promotion.connect(config)
+    registry: Registry
 
     def version(self, model: str, accuracy: float = 1.0, champion: str | None = None, **tags: str) -> Version:
         """The next version of a model, right on this share of its test rows, judged against version `champion`.
@@ -101,9 +97,12 @@ class Shelf:
         )
 
 
-def shelf(root: Path, trained: Path, data: DataRef) -> Shelf:
-    ledger.load_parts(data.uri, data.digest, root)  # what stands on nothing proves nothing
-    return Shelf(root, trained, data)
+def shelf(root: Path, base: Path, config: RegistryConfig | None = None) -> Shelf:
+    """In a database and a store below `root`, if no other registry is named."""
+    data = saved_split(root / "split")
+    trained = finished(base, data, "pfeiffer", root / "trained", epochs=1)
+    own = RegistryConfig(store=str(root / "store"), tracking_uri=f"sqlite:///{root}/mlflow.db")
+    return Shelf(root, trained, data, promotion.connect(config or own))
 
 
 def seal(folder: Path, **changes: Any) -> str:

@@ -18,7 +18,6 @@ from components.registry.history import Record
 from components.registry.promotion import Approval, Case
 from components.registry.versions import Version
 from tests.registry.registered import Shelf, folder_of, seal, shelf
-from tests.training.toy_jobs import finished, saved_split
 
 ADA, EVE = Approval("ada", "it is better"), Approval("eve", "it is worse")
 
@@ -26,9 +25,7 @@ ADA, EVE = Approval("ada", "it is better"), Approval("eve", "it is worse")
 @pytest.fixture(scope="module")
 def shelved(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("registry")
-    data = saved_split(root / "split")
-    return shelf(root, finished(tiny_base, data, "pfeiffer", root / "trained", epochs=1), data)
+    return shelf(tmp_path_factory.mktemp("registry"), tiny_base)
 
 
 @pytest.fixture
