@@ -212,9 +212,9 @@ def _carry_out(registry: Registry, record: Record) -> None:
                 client.delete_registered_model_alias(record.model, PRODUCTION)
             else:
                 client.set_registered_model_alias(record.model, PRODUCTION, record.after)
-        history.mark_done(registry.store, record)
         if record.run:
             tracking.finish(registry.promotions, record.run)
+        history.mark_done(registry.store, record)
         newest = history.records(registry.store, record.model)[-1]
         if newest.sequence == record.sequence:
             return

@@ -200,6 +200,7 @@ class TestAtOnce:
         assert ended.state is not None
         assert ended.state.is_cancelled()
 
+    @pytest.mark.fault("two nightly runs at once for one model", "the second is cancelled and says why")
     def test_a_second_nightly_run_is_cancelled(
         self,
         endless: dict[str, Any],
@@ -213,6 +214,7 @@ class TestAtOnce:
         assert second.state.is_cancelled()
         assert "concurrency limit" in message(second)
 
+    @pytest.mark.fault("the same retrain started twice", "the second ends at once and says why; one result")
     def test_a_run_of_the_same_model_from_elsewhere_fails_in_words(self, endless: dict[str, Any]) -> None:
         with pytest.raises(ModelBusy, match="expected no other run for model endless; found another"):
             retrain(configs.parse(endless, "the test"))
