@@ -146,7 +146,7 @@ class Group:
 
     def seed(self, job: int, step: int) -> int:
         """For what is drawn in a step, of a job with this seed: dropout masks, others in each process."""
-        return int(np.random.SeedSequence((job, step, self.rank)).generate_state(1)[0])
+        return int(np.random.SeedSequence((job, step, self.rank)).generate_state(1, np.uint64)[0])
 
     def say(self, error: Exception, line: str) -> None:
         """Print why the job fails: one line a machine, the reason of the process that failed first."""
