@@ -129,7 +129,7 @@ class Machine:
         self.mirror = Mirror("a job", folder, out)
 
     def reach(self, epoch: int) -> None:
-        checkpoint.save(self.folder, "a job", self.learner, State(epoch=epoch, best_epoch=epoch), best=True)
+        checkpoint.save(self.folder, "a job", self.learner, State(epoch=epoch, step=epoch, best_epoch=epoch), best=True)
 
     def epoch(self) -> int:
         return checkpoint.resume(self.folder, "a job", self.learner).epoch
@@ -194,7 +194,7 @@ def test_training_goes_on_while_s3_is_away(
     spec: JobSpec, out: str, store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job.run(spec, out, Outage(store, 2, 4))
-    assert "checkpoint not copied, the next epoch tries again" in caplog.text
+    assert "checkpoint not copied, the next one is tried again" in caplog.text
     assert len(predictions(out, tmp_path / "back"))
 
 
