@@ -164,7 +164,7 @@ def _is_on(connection: Tracking, version: Version, base: BaseModel) -> bool:
     if version.tags["base_weights_sha256"] != base.pin.weights_sha256:
         return False
     with tempfile.TemporaryDirectory() as folder:
-        _, manifest = versions.fetched(connection, version, Path(folder))
+        _, manifest = versions.bundle_of(connection, version, Path(folder))
     return manifest.base.tokenizer_sha256 == base.pin.tokenizer_sha256
 
 
@@ -236,10 +236,10 @@ def _against(connection: Tracking, old: Version, new: Version | None, config: Re
     """Old and new on the same test rows; None, and a line why, when one of the bundles is not to be had."""
     try:
         with tempfile.TemporaryDirectory() as folder:
-            first, _ = versions.fetched(connection, old, Path(folder) / "old")
+            first, _ = versions.bundle_of(connection, old, Path(folder) / "old")
             if new is None:
                 return outcomes.against(first, _left_behind(config, old), config.gate)
-            second, _ = versions.fetched(connection, new, Path(folder) / "new")
+            second, _ = versions.bundle_of(connection, new, Path(folder) / "new")
             return outcomes.against(first, second, config.gate)
     except AdapterlineError as error:
         log.warning("warning   %s cannot be compared: %s", old.name, error)

@@ -19,16 +19,8 @@ SHORTEST_DIGEST = 8
 
 def under(tracking: Tracking, alias: str) -> list[Version]:
     """The version under this alias of every model that has one, by name. Those of other makers are among them."""
-    names: list[str] = []
-    token: str | None = None
-    with calls(tracking.uri):
-        while True:
-            page = tracking.client.search_registered_models(page_token=token)
-            names += [model.name for model in page]
-            token = page.token
-            if not token:
-                break
-    found = (versions.with_alias(tracking, name, alias) for name in sorted(names))
+    names = versions.models(tracking)
+    found = (versions.with_alias(tracking, name, alias) for name in names)
     return [version for version in found if version is not None]
 
 

@@ -69,7 +69,7 @@ def moved(servers: dict[str, str], workspace: Path, tmp_path_factory: pytest.Tem
     new = make_base(folder / "new", hidden_size=64, intermediate_size=128)
     make = settings_in(folder, workspace, old)
     retrain(make(FITS))
-    _, manifest = versions.fetched(connect(), under(versions.CANDIDATE, FITS), folder / "bundle")
+    _, manifest = versions.bundle_of(connect(), under(versions.CANDIDATE, FITS), folder / "bundle")
     retrain(make(GROWS, gate__max_bundle_mb=1.2 * manifest.bytes / 1e6))
     for model in (FITS, GROWS):
         connect().client.set_registered_model_alias(model, versions.PRODUCTION, "1")
