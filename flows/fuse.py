@@ -18,7 +18,7 @@ from prefect import flow
 
 from components import config as configs
 from components.config import RetrainConfig
-from flows import composition, events, screen, steps
+from flows import composition, events, judging, screen, steps, training
 from flows.jobs import side_by_side
 from flows.turns import alone
 
@@ -53,9 +53,9 @@ def fuse(
             split = steps.split(config, rows, run)
             composition.require_unseen(split, members)
             jobs = [plan.baseline(split), plan.adapter(split)]
-            baseline, fusion = side_by_side(steps.train, jobs, plan.jobs_at_once, config.compute, run)
+            baseline, fusion = side_by_side(training.train, jobs, plan.jobs_at_once, config.compute, run)
             composition.attention(config, fusion, run)
-            judged = steps.gate(config, split, baseline, fusion, run)
+            judged = judging.gate(config, split, baseline, fusion, run)
             screen.results(judged, baseline, fusion)
             events.judged(config, judged, run)
             judged.report.raise_unless_passed()

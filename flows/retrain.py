@@ -18,7 +18,7 @@ from prefect import flow
 
 from components import config as configs
 from components.config import RetrainConfig
-from flows import events, screen, steps
+from flows import events, judging, screen, steps, training
 from flows.jobs import side_by_side
 from flows.turns import alone
 
@@ -52,8 +52,8 @@ def retrain(
             steps.validate(config, rows, run)
             split = steps.split(config, rows, run)
             jobs = [plan.baseline(split), plan.adapter(split)]
-            baseline, adapter = side_by_side(steps.train, jobs, plan.jobs_at_once, config.compute, run)
-            judged = steps.gate(config, split, baseline, adapter, run)
+            baseline, adapter = side_by_side(training.train, jobs, plan.jobs_at_once, config.compute, run)
+            judged = judging.gate(config, split, baseline, adapter, run)
             screen.results(judged, baseline, adapter)
             events.judged(config, judged, run)
             judged.report.raise_unless_passed()

@@ -34,7 +34,7 @@ from components.errors import AdapterlineError, ConfigError
 from components.registry import standing, tracking, versions
 from components.registry.tracking import Tracking
 from components.registry.versions import Version
-from flows import composition, jobs, outcomes, steps
+from flows import composition, jobs, outcomes, steps, training
 from flows.fuse import fuse
 from flows.outcomes import Against, Outcome, Prospect
 from flows.retrain import retrain
@@ -249,7 +249,7 @@ def _against(connection: Tracking, old: Version, new: Version | None, config: Re
 def _left_behind(config: RetrainConfig, old: Version) -> Path:
     """Where the bundle of an adapter is that was trained and not registered."""
     plan, record = _planned(config, old)
-    return steps.job_folder(plan.adapter(record), config.compute)
+    return training.job_folder(plan.adapter(record), config.compute)
 
 
 @task(**steps.RETRIED, name="report")

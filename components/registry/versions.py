@@ -1,19 +1,12 @@
-"""Registered versions: a bundle and its model code in MLflow, checked before anyone is pointed at it.
-
-Order is what keeps the registry whole: the artifact is logged, the version made, its own predictions reproduced in a
-fresh process, its tags set, and only then does the alias `candidate` move. Whatever fails before leaves the earlier
-candidate where it was and takes the new version back.
-"""
+"""Registered versions: found by name, their tags, bundles and predictions."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +28,8 @@ CANDIDATE, PRODUCTION = "candidate", "production"
 RUN_DIGEST = "run_digest"
 # In the run named by the tag gate_run.
 GATE_REPORT = "gate/gate.json"
-# A registered version must give the job's own test probabilities again, to this.
-TOLERANCE = 1e-5
 CODE = Path(__file__).parent.parent
 SCORE = CODE / "serving" / "score.py"
-
-log = logging.getLogger("adapterline")
 
 
 @dataclass(frozen=True)
@@ -74,7 +63,7 @@ def _looked_up(tracking: Tracking, ask: Callable[[str, str], Any], name: str, wh
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
-        uri = _artifact_uri(tracking, name, str(found.version))
+        uri = artifact_uri(tracking, name, str(found.version))
     return Version(name, str(found.version), uri, int(found.tags.get("bytes", 0)), found.tags)
 
 
@@ -138,11 +127,12 @@ def models(tracking: Tracking) -> list[str]:
 
 
 def tagged(tracking: Tracking, name: str, tag: str) -> list[Version]:
-    """The versions of a model that have a tag, oldest first."""
+    """The versions of a model that have a tag, oldest first, whatever else they are."""
     with calls(tracking.uri):
         found = pages(tracking.client.search_model_versions, f"name = '{name}'")
         numbers = sorted(int(each.version) for each in found if each.tags.get(tag))
-    return [find(tracking, f"{name}/{number}") for number in numbers]
+    versions = (_looked_up(tracking, tracking.client.get_model_version, name, str(number)) for number in numbers)
+    return [version for version in versions if version is not None]
 
 
 def tag(tracking: Tracking, version: Version, tags: Mapping[str, str | None]) -> None:
@@ -176,65 +166,6 @@ def answering(tracking: Tracking, name: str, run_digest: str) -> Version | None:
     return None
 
 
-def register(
-    tracking: Tracking, run_id: str, name: str, folder: Path, test: Dataset, tags: Mapping[str, str], about: str
-) -> Version:
-    """Register a bundle as the next version of a model and make it the candidate.
-
-    folder: the bundle.  test: the frozen test part, whose predictions are reproduced from the registered version.
-    about: the text on the version's page.
-
-    Raises RegistryError when they are not, or MLflow refuses; the earlier candidate then still stands.
-    """
-    mlflow = load_mlflow(tracking.uri)
-    earlier = with_alias(tracking, name, CANDIDATE)
-    with calls(tracking.uri):
-        _tidy(tracking, name, tags.get(RUN_DIGEST, ""))
-        with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MLflow would like type hints that hold for one kind of input only
-            model = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=str(CODE / "serving" / "model.py"),
-                artifacts={"bundle": str(folder)},
-                code_paths=[str(CODE)],
-                pip_requirements=_requirements(),
-            )
-        if not tracking.client.search_registered_models(f"name = '{name}'"):
-            tracking.client.create_registered_model(name)
-        made = tracking.client.create_model_version(
-            name,
-            model.model_uri,
-            run_id=run_id,
-            tags={"state": "unproven", **tags},
-            description=about,
-            model_id=model.model_id,
-        )
-    version = Version(name, str(made.version), "", 0, tags)
-    try:
-        _prove(tracking, version.address, test, folder)
-        with calls(tracking.uri):
-            uri = _artifact_uri(tracking, name, version.number)
-            size = _measure(uri)
-            for key, value in {"state": "proven", "bytes": str(size)}.items():
-                tracking.client.set_model_version_tag(name, version.number, key, value)
-            tracking.client.set_registered_model_alias(name, CANDIDATE, version.number)
-    except BaseException:
-        _take_back(tracking, version, earlier)
-        raise
-    return Version(name, version.number, uri, size, {**tags, "state": "proven"})
-
-
-def _take_back(tracking: Tracking, version: Version, earlier: Version | None) -> None:
-    """Undo a registration that did not finish. Its own failure is logged, not raised: it must not hide the cause."""
-    try:
-        with calls(tracking.uri):
-            if earlier is not None:  # deleting a version deletes its aliases, and ours may have moved already
-                tracking.client.set_registered_model_alias(version.name, CANDIDATE, earlier.number)
-            tracking.client.delete_model_version(version.name, version.number)
-    except RegistryError as error:
-        log.warning("version %s of %s could not be taken back: %s", version.number, version.name, error)
-
-
 def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ...]) -> npt.NDArray[np.float32]:
     """Probabilities of a registered version for rows, computed in a fresh process, (rows, labels).
 
@@ -265,60 +196,6 @@ def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ..
     return answer
 
 
-def _prove(tracking: Tracking, version: str, test: Dataset, folder: Path) -> None:
-    """Raise RegistryError unless a fresh process gives the job's own test probabilities.
-
-    A second process is asked before a version is taken back: on a shared CPU one in some dozens of runs was seen to
-    round differently by 1e-5 and not again, while a version that is wrong stays wrong.
-    """
-    predictions, labels = bundle.read_predictions(folder), bundle.read_manifest(folder).labels
-    gaps = []
-    for _ in range(2):
-        found = score(tracking, version, test, labels)
-        if found.shape != predictions.probabilities.shape:
-            raise RegistryError(
-                f"{predictions.probabilities.shape} probabilities", f"{found.shape}", "the version was taken back"
-            )
-        gaps.append(float(np.abs(found - predictions.probabilities).max()))
-        if gaps[-1] <= TOLERANCE:
-            return
-    raise RegistryError(
-        f"the job's own test probabilities to {TOLERANCE:g}",
-        f"gaps of {' and '.join(f'{gap:.2g}' for gap in gaps)} in two processes",
-        "the version was taken back",
-    )
-
-
-def _tidy(tracking: Tracking, name: str, run_digest: str) -> None:
-    """Take back versions that an earlier attempt at this very run left behind when it was killed.
-
-    Two equal runs at once are no case: the deployment's concurrency limit lets one run a model at a time.
-    """
-    for left in tracking.client.search_model_versions(f"name = '{name}'"):
-        if left.tags.get("state") == "unproven" and left.tags.get(RUN_DIGEST) == run_digest:
-            tracking.client.delete_model_version(name, left.version)
-
-
-def _artifact_uri(tracking: Tracking, name: str, number: str) -> str:
+def artifact_uri(tracking: Tracking, name: str, number: str) -> str:
+    """Where the artifact of a version lies."""
     return str(tracking.client.get_model_version_download_uri(name, number))
-
-
-def _measure(uri: str) -> int:
-    """Bytes of everything that was registered, as the store lists it."""
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    store = get_artifact_repository(uri)
-
-    def below(path: str | None) -> int:
-        return sum(
-            below(entry.path) if entry.is_dir else int(entry.file_size or 0) for entry in store.list_artifacts(path)
-        )
-
-    return below(None)
-
-
-def _requirements() -> list[str]:
-    """The versions that trained the bundle, without local build marks."""
-    names = ("mlflow", "pydantic", "platformdirs", "pypi-simple", "safetensors")
-    pinned = {**bundle.libraries(), **{name: bundle.version_of(name) for name in names}}
-    return [f"{name}=={version.partition('+')[0]}" for name, version in sorted(pinned.items())]

@@ -16,7 +16,7 @@ import pytest
 from components.config import RegistryConfig, RetrainConfig
 from components.data import ledger
 from components.errors import AdapterlineError, GateFailed, GateInconclusive, GateRejected
-from components.registry import bundle, tracking, versions
+from components.registry import bundle, registration, tracking, versions
 from flows.retrain import retrain
 from tests.conftest import toy_rows, write_csv
 from tests.flows.conftest import Settings
@@ -236,7 +236,7 @@ def test_a_version_whose_predictions_are_not_reproduced_is_taken_back(
     parts, _ = ledger.load_parts(manifest.data_uri, manifest.data_digest, tmp_path / "split")
     run = tracking.start(there, "forged", {})
     with pytest.raises(AdapterlineError, match="test probabilities"):
-        versions.register(there, run, "first", folder, parts["test"], {}, "forged")
+        registration.register(there, run, "first", folder, parts["test"], {}, "forged")
     assert candidate("first") == standing
     assert count("first") == 1
 
