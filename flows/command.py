@@ -44,7 +44,7 @@ def main(
     try:
         read = config.load_preset if options.preset else config.load
         settings = read(options.preset or options.config, _overrides(options.set))
-        with _servers() as stack, _terminal():
+        with servers() as stack, _terminal():
             _closing(settings, flow(settings), stack)
     except (AdapterlineError, local.StackError) as error:
         if options.debug:
@@ -74,7 +74,7 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _servers() -> Iterator[local.Stack | None]:
+def servers() -> Iterator[local.Stack | None]:
     """The local stack; None when the environment names an MLflow of one's own."""
     if os.environ.get("MLFLOW_TRACKING_URI"):
         yield None

@@ -29,7 +29,7 @@ from components.data.split import split as split_rows
 from components.errors import AdapterlineError, BundleError, ConfigError, RegistryError
 from components.evaluation import gate as rules
 from components.methods import Member
-from components.registry import bundle, tracking, versions
+from components.registry import bundle, claim, tracking, versions
 from components.registry.versions import Version
 from components.training import progress
 from components.training.spec import JobSpec
@@ -86,8 +86,11 @@ def plan(config: RetrainConfig, rows: Rows, members: tuple[Member, ...] = ()) ->
 
 @task(**RETRIED, name="up to date?")
 def up_to_date(config: RetrainConfig, plan: Plan) -> Version | None:
-    """The version that an equal run already made and that still stands, if there is one."""
-    return versions.answering(tracking.connect(config.registry), config.model, plan.digest)
+    """The version that an equal run already made and that still stands, if there is one. From here on the store knows
+    which MLflow may refer to what lies in it."""
+    connection = tracking.connect(config.registry)
+    claim.make(connection, config.registry.store)
+    return versions.answering(connection, config.model, plan.digest)
 
 
 @task(**STEP, name="check")

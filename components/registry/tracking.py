@@ -24,6 +24,8 @@ PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT
 
 # Opens the page for training runs; by default MLflow shows an experiment as one on language-model traces.
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+# What MLflow puts a run below another by; `mlflow.utils.mlflow_tags` would import all of MLflow.
+PARENT = "mlflow.parentRunId"
 # The text on top of a run's page.
 NOTE = "mlflow.note.content"
 
