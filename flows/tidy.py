@@ -13,18 +13,17 @@ When somebody cannot be asked, nothing is removed that he might refer to. Exit c
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from components import cache, storage
 from components.config import ComputeConfig, RegistryConfig
 from components.errors import AdapterlineError, RegistryError
 from components.registry import garbage, removal
-from components.registry.garbage import Thing
 from components.registry.survey import Places, Survey, survey
 from components.registry.tracking import PATIENCE
 from flows.command import servers
@@ -51,8 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     local.interrupt_on_sigterm()
     try:
         with servers():
-            tidy(options)
-            if not options.delete:
+            if tidy(options) and not options.delete:
                 print(f"to remove these: {shlex.join(['python', '-m', 'flows.tidy', *given, '--delete'])}")
     except (AdapterlineError, local.StackError) as error:
         if options.debug:
@@ -66,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def tidy(options: argparse.Namespace) -> None:
-    """List what is left over, and remove it if told to.
+def tidy(options: argparse.Namespace) -> int:
+    """List what is left over, and remove it if told to. Returns how many things that are.
 
     Raises AdapterlineError when somebody does not answer who must be asked; nothing is removed then.
     """
@@ -91,9 +89,10 @@ def tidy(options: argparse.Namespace) -> None:
                 if removal.remove(thing, uri):
                     removed.append(thing)
         finally:
-            print(f"removed {_count(removed)}, {_size(sum(thing.bytes for thing in removed))}", end="")
+            print(f"removed {_count(len(removed))}, {_size(sum(thing.bytes for thing in removed))}", end="")
             rest = len(found.leftovers) - len(removed)
             print(f"; {rest} stay: changed meanwhile, or not reached" if rest else "")
+    return len(found.leftovers)
 
 
 def running() -> set[str] | None:
@@ -134,17 +133,19 @@ def show(found: Survey, now: float, days: float) -> None:
             age = _age(now - thing.modified)
             table.add_row(thing.kind, thing.place, _size(thing.bytes), age, thing.reason)
         width = max(len(thing.place) for thing in found.leftovers) + 100
-        Console(width=width, color_system=None, markup=False, highlight=False).print(table)
-        print()
+        out = Console(file=io.StringIO(), width=width, color_system=None, markup=False, highlight=False)
+        out.print(table)
+        text: str = out.file.getvalue()  # type: ignore[attr-defined]
+        print("\n".join(line.rstrip() for line in text.splitlines()), end="\n\n")
     total = sum(thing.bytes for thing in found.leftovers)
-    print(f"left over  {_count(found.leftovers)}, {_size(total)}")
-    print(f"stays      {found.kept:,} that are referred to or younger than {days:g} days, {_size(found.kept_bytes)}")
+    print(f"left over  {_count(len(found.leftovers))}, {_size(total)}")
+    print(f"stays      {_count(found.kept)}, {_size(found.kept_bytes)}: referred to, held, or younger than {days:g} d")
     for note in found.notes:
         print(f"note       {note}")
 
 
-def _count(things: Sequence[Thing]) -> str:
-    return f"{len(things):,} thing{'' if len(things) == 1 else 's'}"
+def _count(number: int) -> str:
+    return f"{number:,} thing{'' if number == 1 else 's'}"
 
 
 def _size(size: int) -> str:

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from components import storage
 from components.errors import StorageError
-from components.registry import bundle, inventory, references
+from components.registry import bundle, garbage, inventory, references
 from components.registry.garbage import Thing
 from components.registry.references import Registry
 from components.storage import Entry
@@ -73,26 +73,30 @@ def _is_ours(place: str, ours: set[str]) -> bool:
 
 
 def _of_run(thing: Thing, run: str, registry: Registry, uri: str) -> Thing:
-    keys = frozenset({f"run:{run}"})
-    if run in registry.runs:
-        return replace(thing, keys=keys)
-    return replace(thing, keys=keys, why="MLflow has no such run any more", held=not references.is_gone(uri, *keys))
+    key = f"run:{run}"
+    thing = replace(thing, keys=frozenset({key}))
+    return thing if run in registry.runs else replace(thing, why="MLflow has forgotten its run", held=_gone(key, uri))
+
+
+def _gone(key: str, uri: str) -> str:
+    """Why a run or model stays that no search has found: asked for it, MLflow has it after all."""
+    return "" if references.is_gone(uri, key) else "MLflow has it"
 
 
 def _model(thing: Thing, model: str, registry: Registry, uri: str) -> Thing:
     """A logged model. One that MLflow has and that holds no bundle of ours is not for us to judge."""
-    thing = replace(thing, kind="logged model", keys=frozenset({f"logged model:{model}"}))
+    key = f"logged model:{model}"
+    thing = replace(thing, kind="logged model", keys=frozenset({key}))
     there = model in registry.models
     manifests = [file.name for file in thing.files if MANIFEST.search(file.name)]
     if not there:
-        why, held = "MLflow has deleted or forgotten it", not references.is_gone(uri, f"logged model:{model}")
-        thing = replace(thing, why=why, held=held)
+        thing = replace(thing, why="MLflow has deleted or forgotten it", held=_gone(key, uri))
     if len(manifests) != 1:
-        return replace(thing, held=thing.held or there)
+        return replace(thing, held="it is not ours") if there else thing
     try:
         manifest, refers = inventory.described(storage.join(thing.base, manifests[0]))
     except (ValueError, StorageError):
-        return replace(thing, held=True)
+        return replace(thing, held=garbage.UNREAD)
     return replace(thing, keys=thing.keys | {f"recorded:{manifest.digest}"}, refers=refers)
 
 

@@ -35,13 +35,17 @@ WHY: dict[Kind, str] = {
 }
 
 
+# Of things that stay because nobody can tell what they are or need.
+UNREAD = "it could not be read"
+
+
 @dataclass(frozen=True)
 class Thing:
     """Something that stays or goes as a whole.
 
     base, files: a URI, and the files with names below it.  place: where a person finds it.  modified: when it last
-    changed, s since 1970.  held: a process has its lock, or it could not be looked into.  mark: of what cannot be read
-    off the files.
+    changed, s since 1970.  held: why it must stay in any case, e.g. a process has its lock.  mark: of what cannot be
+    read off the files.
     """
 
     kind: Kind
@@ -51,7 +55,7 @@ class Thing:
     modified: float
     keys: frozenset[str] = frozenset()
     refers: frozenset[str] = frozenset()
-    held: bool = False
+    held: str = ""
     why: str = ""
     mark: str = ""
 

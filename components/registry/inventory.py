@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from components import digest, storage
+from components import base_model, digest, storage
 from components.errors import StorageError
 from components.registry import bundle, garbage, members, uploads
 from components.registry.garbage import Thing
@@ -108,7 +108,7 @@ def _jobs(base: str) -> list[Thing]:
     things: list[Thing] = []
     baselines: dict[tuple[str, str], tuple[float, str]] = {}
     for name, files in grouped(listing(base), JOB).items():
-        thing = Thing("job", storage.join(base, name), base, files, newest(files), held=_is_locked(base, name))
+        thing = Thing("job", storage.join(base, name), base, files, newest(files), held=_lock(base, name))
         short = name[:16] if len(name) == 64 else name.rpartition("-")[2]
         keys, there = {f"job:{short}"}, {file.name for file in files}
         try:
@@ -123,7 +123,7 @@ def _jobs(base: str) -> list[Thing]:
                 refers = _needed(json.loads(storage.read(storage.join(base, spec)))) if spec in there else frozenset()
                 thing = replace(thing, why="its training was broken off, and no job goes on with it")
         except (ValueError, KeyError, TypeError, StorageError):  # damaged, of another release, or just changing
-            thing, refers = replace(thing, held=True), frozenset()
+            thing, refers = replace(thing, held=garbage.UNREAD), frozenset()
         things.append(replace(thing, keys=frozenset(keys), refers=refers))
     best = {storage.join(base, name): split for (split, _), (_, name) in baselines.items()}
     return [
@@ -139,16 +139,16 @@ def _needed(spec: Any) -> frozenset[str]:
     return frozenset({*keys, f"split:{spec['data']['digest']}", f"base:{spec['base']['weights_sha256']}"})
 
 
-def _is_locked(base: str, name: str) -> bool:
-    """Does a process have the lock of a job on this machine? One that cannot be tried counts as locked."""
+def _lock(base: str, name: str) -> str:
+    """Why a job stays whose lock on this machine a process has; one that cannot be tried counts as held."""
     if storage.is_s3(base):
-        return False
+        return ""
     try:
         with (Path(base) / f"{name}.lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno != errno.ENOENT
-    return False
+        return "" if error.errno == errno.ENOENT else "its lock is held"
+    return ""
 
 
 def _folders(base: str, name: str, kind: garbage.Kind) -> Iterator[Thing]:
@@ -159,7 +159,7 @@ def _folders(base: str, name: str, kind: garbage.Kind) -> Iterator[Thing]:
             try:
                 thing = replace(thing, refers=described(storage.join(base, key, bundle.MANIFEST))[1])
             except (ValueError, StorageError):
-                thing = replace(thing, held=True)
+                thing = replace(thing, held=garbage.UNREAD)
         yield thing
 
 
@@ -174,7 +174,8 @@ def _based(base: Path, thing: Thing) -> Thing:
     folder = Path(thing.place)
     keys = {f"embedded:{folder.name}"}
     weights = sorted(folder.glob("*.safetensors"))
-    if weights and (folder / "config.json").is_file():
+    ours = {f"{name}-{archive.sha256[:12]}" for name, (archive, _) in base_model.EMBEDDED.items()}
+    if folder.name not in ours and weights and (folder / "config.json").is_file():
         keys.add(f"base:{digest.of_files([folder / 'config.json', *weights])}")
     return replace(thing, keys=frozenset(keys))
 

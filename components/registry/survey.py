@@ -55,9 +55,12 @@ def survey(places: Places, tracking_uri: str, running: Collection[str] | None, n
     spared: dict[Kind, str] = {}
     if running is None:
         spared["job"] = "Prefect did not say which jobs run: all jobs stay"
-    if unread := artifacts.unread(things, registry):
-        names = ", ".join(f"{version.name}/{version.number}" for version in unread[:3])
+    if blind := artifacts.unread(things, registry):
+        names = ", ".join(f"{version.name}/{version.number}" for version in blind[:3])
         spared["bundle"] = f"the bundle of {names} could not be read: all bundles that fusions stand on stay"
     found = garbage.leftovers(things, roots, now - grace, spared)
     rest = [thing for thing in things if thing not in found]
-    return Survey(found, len(rest), sum(thing.bytes for thing in rest), list(spared.values()))
+    notes = [*spared.values()]
+    if unread := [thing.place for thing in things if thing.held == garbage.UNREAD]:
+        notes.append(f"{len(unread)} could not be read and stay: {', '.join(unread[:3])}")
+    return Survey(found, len(rest), sum(thing.bytes for thing in rest), notes)

@@ -13,7 +13,7 @@ from components.data import ledger
 from components.methods import Member
 from components.registry import bundle
 
-NOW = 1_800_000_000.0
+NOW = 1_700_000_000.0
 OLD = NOW - 3 * 86_400
 GRACE = 86_400.0
 

@@ -180,6 +180,7 @@ def test_exactly_what_nothing_refers_to_is_left_over(seed: int, tmp_path: Path) 
         there.fusion(f"{model}-fused", splits[-1], members[:2])
     there.broken_off()
     there.copies()
+    assert there.gone
     assert left_over(tmp_path, registry(there.versions, there.runs), there.running) == there.gone
 
 
