@@ -46,5 +46,5 @@ def require_sole(registry: Registry, store: str) -> None:
 
 
 def _place(store: str, experiment: Experiment) -> str:
-    name = digest.of_json([experiment.id, experiment.name, experiment.created])
+    name = digest.of_json([experiment.id, experiment.created])  # its name may be changed
     return storage.join(store, FOLDER, f"{name[:16]}.json")
