@@ -15,7 +15,9 @@
     │   ├── JobCancelled        someone cancelled it
     │   └── ComputeError        nothing is there to run it, or that refuses it
     ├── RegistryError           a version could not be registered, or is not what was registered
-    │   └── RegistryUnavailable MLflow did not answer              (a retry can help)
+    │   ├── RegistryUnavailable MLflow did not answer              (a retry can help)
+    │   ├── ProductionMoved     production changed since the evidence was looked at
+    │   └── HistoryError        the history of production lacks a record, or one was changed
     ├── ModelBusy               another run retrains the same model
     └── GateRejected            the gate did not pass; everything was measured and logged
         ├── GateFailed          exit code 2
@@ -110,6 +112,14 @@ class RegistryUnavailable(RegistryError):
     """MLflow did not answer."""
 
     retry_can_help = True
+
+
+class ProductionMoved(RegistryError):
+    """Production changed since the evidence was looked at."""
+
+
+class HistoryError(RegistryError):
+    """The history of production lacks a record, or one was changed."""
 
 
 class ModelBusy(AdapterlineError):

@@ -34,7 +34,10 @@ def joined(names: str) -> tuple[dict[str, Any], str]:
         raise ConfigError("a preset with data before that of a method", repr(names), f"write e.g. tweets+{names}")
     together: dict[str, Any] = {}
     for path in paths:
-        together = _merged(together, content(path))
+        later = content(path)
+        if "method" in later.get("adapter", {}):  # settings of one method are none for another
+            together.pop("adapter", None)
+        together = _merged(together, later)
     return together, ", ".join(map(str, paths))
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from components import config
@@ -16,6 +17,7 @@ from components.config import RetrainConfig
 from components.errors import AdapterlineError, ConfigError, RegistryError
 from infra import local
 
+INTERRUPTED = "interrupted: run the same command again to go on from the last checkpoint"
 ABOUT = "Retrain an adapter, compare it with full fine-tuning, register it if it passes the gate."
 
 
@@ -39,28 +41,43 @@ def main(
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own messages")
     options = parser.parse_args(arguments)
-    _listen(options.debug)
+    listen(options.debug)
     local.interrupt_on_sigterm()
-    try:
+    with one_line_errors(options.debug, INTERRUPTED) as outcome:
         read = config.load_preset if options.preset else config.load
         settings = read(options.preset or options.config, _overrides(options.set))
         with servers() as stack, _terminal():
             _closing(settings, flow(settings), stack)
+    return outcome.code
+
+
+@dataclass
+class Outcome:
+    """The exit code of a command."""
+
+    code: int = 0
+
+
+@contextlib.contextmanager
+def one_line_errors(debug: bool, interrupted: str) -> Iterator[Outcome]:
+    """Whatever goes wrong becomes one line on standard error, and an exit code."""
+    outcome = Outcome()
+    try:
+        yield outcome
     except (AdapterlineError, local.StackError) as error:
-        if options.debug:
+        if debug:
             raise
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
-        return error.exit_code if isinstance(error, AdapterlineError) else 1
+        outcome.code = error.exit_code if isinstance(error, AdapterlineError) else 1
     except Exception as error:  # a bug of ours or of a library: one line too, and how to see more
-        if options.debug:
+        if debug:
             raise
         sys.stderr.write(f"error: unexpected {type(error).__name__}; run again with --debug to see where\n")
-        return 1
+        outcome.code = 1
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: run the same command again to go on from the last checkpoint\n")
-        return 130
-    return 0
+        sys.stderr.write(f"{interrupted}\n")
+        outcome.code = 130
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:
@@ -93,7 +110,7 @@ def _terminal() -> Iterator[None]:
         yield
 
 
-def _listen(debug: bool) -> None:
+def listen(debug: bool) -> None:
     """Our own lines on standard output; of the libraries nothing: every error of theirs becomes a line of ours."""
     log = logging.getLogger("adapterline")
     handler = logging.StreamHandler(sys.stdout)

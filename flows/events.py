@@ -5,6 +5,7 @@ from __future__ import annotations
 from prefect.events import emit_event
 
 from components.config import RetrainConfig
+from components.registry.history import Record
 from flows.values import Judged, Run
 
 
@@ -23,4 +24,13 @@ def judged(config: RetrainConfig, judgement: Judged, run: Run) -> None:
             "verdict": report.verdict,
             "rules": [{"rule": each.rule, "verdict": each.verdict, "reason": each.reason} for each in report.rules],
         },
+    )
+
+
+def moved(record: Record) -> None:
+    """Emit adapterline.production.moved for the model, with the record."""
+    emit_event(
+        "adapterline.production.moved",
+        resource={"prefect.resource.id": f"adapterline.model.{record.model}", "prefect.resource.name": record.model},
+        payload=record.model_dump(mode="json"),
     )

@@ -112,7 +112,7 @@ def attention(measured: Mapping[str, Any]) -> None:
 
 def results(judged: Judged, baseline: Trained, adapter: Trained) -> None:
     """The comparison and the verdict with its reasons."""
-    for line in (*_comparison(judged, baseline, adapter), "", *_verdict(judged.report)):
+    for line in (*_comparison(judged, baseline, adapter), "", *verdict(judged.report)):
         log.info("%s", line)
 
 
@@ -180,7 +180,8 @@ def _scores(estimates: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _verdict(report: GateReport) -> list[str]:
+def verdict(report: GateReport) -> list[str]:
+    """The verdict and each rule with its reason."""
     lines = [f"verdict: {report.verdict.upper()}"]
     return lines + [f"  {MARKS[rule.verdict]} {rule.rule}: {rule.reason}" for rule in report.rules]
 

@@ -296,8 +296,17 @@ def gate(config: RetrainConfig, split: Record, baseline: Trained, adapter: Train
         bundle_bytes=adapter.manifest.bytes,
     )
     report = rules.judge(evidence, config.gate)
-    (run.reports / "gate.json").write_text(json.dumps(report.as_json(), indent=2))
-    tracking.keep(run.tracking, run.id, {"gate/gate.json": json.dumps(report.as_json(), indent=2)})
+    judged = json.dumps(
+        {
+            **report.as_json(),
+            "champion": evidence.champion.version if evidence.champion else None,
+            "bundle_digest": adapter.manifest.digest,
+            "policy": config.gate.model_dump(mode="json"),
+        },
+        indent=2,
+    )
+    (run.reports / "gate.json").write_text(judged)
+    tracking.keep(run.tracking, run.id, {versions.GATE_REPORT: judged})
     table = screen.rule_rows(report)
     tracking.keep_table(run.tracking, run.id, table, "gate/rules.json")
     create_table_artifact(table, key=key("gate", config.model), description=f"# {config.model}: {report.verdict}")

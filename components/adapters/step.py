@@ -40,7 +40,7 @@ def steps_of(model: nn.Module) -> list[Step]:
     return [module.step for module in model.modules() if isinstance(getattr(module, "step", None), Step)]  # type: ignore[misc]
 
 
-def reseed(model: nn.Module, seed: int, epoch: int) -> None:
-    """From here on a PEFT model draws what it would draw in this epoch in any other process, or when resumed."""
-    for step in steps_of(model):
-        step.random.seed(f"{seed} {epoch}")  # a sum would give one seed the draws of another
+def reseed(model: nn.Module, seed: int, step: int) -> None:
+    """From here on a PEFT model draws what it would draw in this step in any other process, or when resumed."""
+    for each in steps_of(model):
+        each.random.seed(f"{seed} {step}")  # a sum would give one seed the draws of another

@@ -7,7 +7,7 @@ intersection-union test, Berger 1982).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from components.evaluation.statistics import Comparison, Estimate, estimates, no
 
 Floats = npt.NDArray[np.floating]
 Verdict = Literal["pass", "fail", "inconclusive", "reported"]
+CHAMPION_RULE = "vs champion"
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,17 @@ class GateReport:
         return content
 
 
+def from_json(content: Mapping[str, Any]) -> GateReport:
+    """The report that `as_json` wrote. Raises KeyError or TypeError when it is something else."""
+    rules = [RuleVerdict(**{**rule, "value": float("nan") if rule["value"] is None else rule["value"]})
+             for rule in content["rules"]]  # fmt: skip
+    scores = {
+        who: {name: Estimate(**estimate) for name, estimate in measured.items()}
+        for who, measured in content["scores"].items()
+    }
+    return GateReport(content["verdict"], tuple(rules), scores)
+
+
 def judge(evidence: Evidence, config: GateConfig) -> GateReport:
     """Apply every rule."""
     broken = _broken(evidence)
@@ -126,13 +138,15 @@ def judge(evidence: Evidence, config: GateConfig) -> GateReport:
             ("TF-IDF", evidence.tfidf),
         )
     }
+    return GateReport(overall(rules), tuple(rules), scores)
+
+
+def overall(rules: Sequence[RuleVerdict]) -> Literal["pass", "fail", "inconclusive"]:
+    """All rules must pass."""
     verdicts = {rule.verdict for rule in rules}
-    overall: Literal["pass", "fail", "inconclusive"] = "pass"
     if "fail" in verdicts:
-        overall = "fail"
-    elif "inconclusive" in verdicts:
-        overall = "inconclusive"
-    return GateReport(overall, tuple(rules), scores)
+        return "fail"
+    return "inconclusive" if "inconclusive" in verdicts else "pass"
 
 
 def _named(scores: dict[str, Estimate], labels: Sequence[str]) -> dict[str, Estimate]:
@@ -163,7 +177,8 @@ def _broken(evidence: Evidence) -> str | None:
     return None
 
 
-def _correct(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+def correct(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+    """(rows,) 1 where the most probable class is the label, else 0."""
     right: Floats = (probabilities.argmax(axis=1) == labels).astype(float)
     return right
 
@@ -171,8 +186,8 @@ def _correct(probabilities: Floats, labels: npt.NDArray[np.int64]) -> Floats:
 def _against_baseline(evidence: Evidence, config: GateConfig, rng: np.random.Generator) -> RuleVerdict:
     return _compared(
         "vs full fine-tuning",
-        _correct(evidence.adapter, evidence.labels),
-        _correct(evidence.baseline, evidence.labels),
+        correct(evidence.adapter, evidence.labels),
+        correct(evidence.baseline, evidence.labels),
         config.margin,
         config,
         rng,
@@ -182,24 +197,36 @@ def _against_baseline(evidence: Evidence, config: GateConfig, rng: np.random.Gen
 def _against_champion(evidence: Evidence, config: GateConfig, rng: np.random.Generator) -> RuleVerdict:
     champion = evidence.champion
     if champion is None:
-        return RuleVerdict("vs champion", "pass", 0.0, -config.champion_margin, "nothing is in production yet")
-    rule = f"vs champion (version {champion.version})"
-    if len(champion.rows) == 0:
-        reason = "the champion learned from every row of this test part: no honest comparison"
-        return RuleVerdict(rule, "inconclusive", 0.0, -config.champion_margin, reason, rows=0)
+        return nothing_in_production(config)
     labels = evidence.labels[champion.rows]
-    return _compared(
-        rule,
-        _correct(evidence.adapter[champion.rows], labels),
-        _correct(champion.probabilities, labels),
-        config.champion_margin,
+    return against_champion(
+        champion.version,
+        correct(evidence.adapter[champion.rows], labels),
+        correct(champion.probabilities, labels),
         config,
         rng,
     )
 
 
+def nothing_in_production(config: GateConfig) -> RuleVerdict:
+    return RuleVerdict(CHAMPION_RULE, "pass", 0.0, -config.champion_margin, "nothing is in production yet")
+
+
+def against_champion(
+    version: str, adapter: Floats, champion: Floats, config: GateConfig, rng: np.random.Generator
+) -> RuleVerdict:
+    """Is the adapter about as good as what is in production? adapter, champion: (rows,), 1 where right, on rows that
+    neither has learned from.
+    """
+    rule = f"{CHAMPION_RULE} (version {version})"
+    if len(adapter) == 0:
+        reason = "the champion learned from every row of this test part: no honest comparison"
+        return RuleVerdict(rule, "inconclusive", 0.0, -config.champion_margin, reason, rows=0)
+    return _compared(rule, adapter, champion, config.champion_margin, config, rng)
+
+
 def _slices(evidence: Evidence, config: GateConfig, rng: np.random.Generator) -> list[RuleVerdict]:
-    adapter, baseline = _correct(evidence.adapter, evidence.labels), _correct(evidence.baseline, evidence.labels)
+    adapter, baseline = correct(evidence.adapter, evidence.labels), correct(evidence.baseline, evidence.labels)
     rules = []
     for name, rows in slices(evidence.labels, evidence.lengths, evidence.label_names, config.length_buckets):
         if len(rows) < max(config.slice_min_rows, 1):
@@ -243,8 +270,8 @@ def _bundle_size(evidence: Evidence, config: GateConfig) -> RuleVerdict:
 def _against_tfidf(evidence: Evidence, config: GateConfig, rng: np.random.Generator) -> RuleVerdict:
     rule = _compared(
         "better than TF-IDF",
-        _correct(evidence.adapter, evidence.labels),
-        _correct(evidence.tfidf, evidence.labels),
+        correct(evidence.adapter, evidence.labels),
+        correct(evidence.tfidf, evidence.labels),
         0.0,
         config,
         rng,

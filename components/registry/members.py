@@ -39,25 +39,38 @@ def fetch(member: Member) -> tuple[Path, bundle.Manifest]:
 
     Raises BundleError when it is missing, incomplete or another one.
     """
-    root = os.environ.get(PATH_VARIABLE)
-    uri = storage.join(root, member.digest) if root else member.uri
-    if not storage.is_s3(uri):
-        return Path(uri), _verified(Path(uri), member, uri)
+    if not storage.is_s3(_uri(member)):
+        return fetch_anew(member, Path(_uri(member)))
     kept = cache.folder() / FOLDER / member.digest
     if bundle.is_complete(kept):
         return kept, _verified(kept, member, f"{kept}, which can be removed")
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as name:
-        fresh = Path(name) / member.digest
-        if is_kept(uri):
-            storage.download_folder(uri, fresh, last=bundle.MANIFEST)
-        manifest = _verified(fresh, member, uri)
+        fresh, manifest = fetch_anew(member, Path(name) / member.digest)
         try:
             fresh.rename(kept)
         except OSError:  # another process was first
             if not bundle.is_complete(kept):
                 raise
     return kept, manifest
+
+
+def fetch_anew(member: Member, folder: Path) -> tuple[Path, bundle.Manifest]:
+    """The same from the store, whatever this machine's cache has. folder: takes what comes from S3.
+
+    Raises BundleError when it is missing, incomplete or another one.
+    """
+    uri = _uri(member)
+    if not storage.is_s3(uri):
+        return Path(uri), _verified(Path(uri), member, uri)
+    if is_kept(uri):
+        storage.download_folder(uri, folder, last=bundle.MANIFEST)
+    return folder, _verified(folder, member, uri)
+
+
+def _uri(member: Member) -> str:
+    root = os.environ.get(PATH_VARIABLE)
+    return storage.join(root, member.digest) if root else member.uri
 
 
 def _verified(folder: Path, member: Member, place: str) -> bundle.Manifest:

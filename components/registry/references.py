@@ -8,7 +8,6 @@ An answer that cannot be had is an error: nothing may be taken for unreferred be
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from components import base_model, storage
 from components.data import ledger, vader
-from components.errors import DataError
+from components.registry import history
 from components.registry.tracking import PARENT, calls, load_mlflow
 
 RECORD = re.compile(r"^([^/]+)/\d{6}\.json$")
@@ -77,14 +76,6 @@ class Registry:
     versions: Sequence[Version]
     runs: Mapping[str, Run]
     models: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """What a record of a model's history names."""
-
-    bundle_digest: str | None
-    run: str | None
 
 
 def ask(uri: str, models: Iterable[str] = ()) -> Registry:
@@ -158,41 +149,27 @@ def is_gone(uri: str, key: str) -> bool:
 
 def accepted(store: str) -> dict[str, list[ledger.Record]]:
     """The accepted data sets of every model, oldest first."""
-    return {model: ledger.records(store, model) for model in _models(store, "data")}
+    names = storage.names(storage.join(store, "data"))  # where there may be data of a user's, too
+    models = sorted({match[1] for name in names if (match := RECORD.match(name))})
+    return {model: ledger.records(store, model) for model in models}
 
 
-def promotions(store: str) -> dict[str, list[Promotion]]:
-    """What the history of every model names. Raises DataError when a record cannot be read."""
-    return {model: list(_promotions(store, model)) for model in _models(store, "history")}
-
-
-def _promotions(store: str, model: str) -> Iterator[Promotion]:
-    for name in storage.names(storage.join(store, "history", model)):
-        if name.endswith(".json"):
-            uri = storage.join(store, "history", model, name)
-            try:
-                record = json.loads(storage.read(uri))
-                yield Promotion(record["bundle_digest"], record["run"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"a record of a model's history at {uri}", "something else", "restore it") from error
-
-
-def _models(store: str, folder: str) -> list[str]:
-    names = storage.names(storage.join(store, folder))
-    return sorted({match[1] for name in names if (match := RECORD.match(name))})
+def promotions(store: str) -> dict[str, list[history.Record]]:
+    """The history of every model, oldest first. Raises HistoryError when a record is missing or was changed."""
+    return {model: history.records(store, model) for model in history.models(store)}
 
 
 def roots(
     registry: Registry,
     data: Iterable[Sequence[ledger.Record]],
-    history: Iterable[Sequence[Promotion]],
+    promoted: Iterable[Sequence[history.Record]],
     now: float,
 ) -> frozenset[str]:
     """The keys that are referred to from outside of the things themselves. now: s since 1970."""
     return frozenset().union(
         *(_of_version(version) for version in registry.versions),
         *(_of_data(records) for records in data),
-        *(_of_promotion(each) for records in history for each in records),
+        *(_of_promotion(each) for records in promoted for each in records),
         _of_runs(registry, now),
         _of_code(),
     )
@@ -223,7 +200,7 @@ def _of_data(records: Sequence[ledger.Record]) -> set[str]:
     return keys | {f"baseline:{record.split_digest}" for record in records[-1:]}
 
 
-def _of_promotion(record: Promotion) -> set[str]:
+def _of_promotion(record: history.Record) -> set[str]:
     keys = {f"{kind}:{record.bundle_digest}" for kind in ("bundle", "recorded") if record.bundle_digest}
     return keys | ({f"run:{record.run}"} if record.run else set())
 

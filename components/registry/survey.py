@@ -46,12 +46,12 @@ def survey(places: Places, tracking_uri: str, running: Collection[str] | None, n
         *inventory.of_cache(places.cache),
     ]
     entries = inventory.listing(places.artifacts)
-    data, history = references.accepted(places.store), references.promotions(places.store)
-    registry = references.ask(tracking_uri, sorted({*data, *history}))
+    data, promoted = references.accepted(places.store), references.promotions(places.store)
+    registry = references.ask(tracking_uri, sorted({*data, *promoted}))
     if things or entries:
         claim.require_sole(registry, places.store)
     things += artifacts.things(places.artifacts, entries, registry, tracking_uri)
-    roots = references.roots(registry, data.values(), history.values(), now) | frozenset(running or ())
+    roots = references.roots(registry, data.values(), promoted.values(), now) | frozenset(running or ())
     spared: dict[Kind, str] = {}
     if running is None:
         spared["job"] = "Prefect did not say which jobs run: all jobs stay"

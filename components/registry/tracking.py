@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,6 +143,15 @@ def start(tracking: Tracking, name: str, tags: Mapping[str, str], parent: str | 
 def finish(tracking: Tracking, run_id: str, status: str = "FINISHED") -> None:
     """End a run as FINISHED or FAILED."""
     tracking.client.set_terminated(run_id, status)
+
+
+@_translated
+def end_abandoned(tracking: Tracking, model: str, known: Collection[str]) -> None:
+    """End the runs about a model that nobody will end: those still running that are not among the known ones."""
+    running = f"tags.model = '{model}' and attributes.status = 'RUNNING'"
+    for run in tracking.client.search_runs([tracking.experiment_id], running):
+        if run.info.run_id not in known:
+            tracking.client.set_terminated(run.info.run_id, "KILLED")
 
 
 @_translated

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components import storage
-from components.errors import RegistryError
+from components.errors import BundleError, RegistryError
 from components.methods import Member
 from components.registry import bundle, members
 from components.registry.tracking import Tracking, calls, load_mlflow
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 CANDIDATE, PRODUCTION = "candidate", "production"
 RUN_DIGEST = "run_digest"
+# In the run named by the tag gate_run.
+GATE_REPORT = "gate/gate.json"
 # A registered version must give the job's own test probabilities again, to this.
 TOLERANCE = 1e-5
 CODE = Path(__file__).parent.parent
@@ -104,16 +106,62 @@ def member(tracking: Tracking, reference: str, store: str) -> Member:
     digest = version.tags["bundle_digest"]
     uri = members.place(store, digest)
     if not members.is_kept(uri):
-        with tempfile.TemporaryDirectory() as folder, calls(tracking.uri):
-            load_mlflow(tracking.uri).artifacts.download_artifacts(version.uri, dst_path=folder)
-            manifests = list(Path(folder).rglob(bundle.MANIFEST))
-            found = bundle.read_manifest(manifests[0].parent).digest if manifests else "none"
-            if found != digest:
-                raise RegistryError(
-                    f"{version.address} with bundle digest {digest[:12]}", found[:12], "name another version"
-                )
-            storage.upload_folder(manifests[0].parent, uri, last=bundle.MANIFEST)
+        with tempfile.TemporaryDirectory() as folder:
+            storage.upload_folder(bundle_of(tracking, version, Path(folder)), uri, last=bundle.MANIFEST)
     return Member(name=version.name, version=version.number, uri=uri, digest=digest)
+
+
+def bundle_of(tracking: Tracking, version: Version, folder: Path) -> Path:
+    """The bundle of a version, downloaded below `folder`.
+
+    Raises RegistryError unless it is, byte for byte, the one that was registered.
+    """
+    with calls(tracking.uri):
+        load_mlflow(tracking.uri).artifacts.download_artifacts(version.uri, dst_path=str(folder))
+    wanted, manifests = version.tags["bundle_digest"], list(folder.rglob(bundle.MANIFEST))
+    try:
+        found = bundle.read_manifest(manifests[0].parent).digest if manifests else "no bundle"
+    except BundleError as error:
+        raise RegistryError(f"{version.address}: {error.expected}", error.found, "name another version") from error
+    if found != wanted:
+        raise RegistryError(f"{version.address} with bundle digest {wanted[:12]}", found[:12], "name another version")
+    return manifests[0].parent
+
+
+def models(tracking: Tracking) -> list[str]:
+    """Names of all registered models."""
+    with calls(tracking.uri):
+        return sorted(model.name for model in pages(tracking.client.search_registered_models))
+
+
+def tagged(tracking: Tracking, name: str, tag: str) -> list[Version]:
+    """The versions of a model that have a tag, oldest first."""
+    with calls(tracking.uri):
+        found = pages(tracking.client.search_model_versions, f"name = '{name}'")
+        numbers = sorted(int(each.version) for each in found if each.tags.get(tag))
+    return [find(tracking, f"{name}/{number}") for number in numbers]
+
+
+def tag(tracking: Tracking, version: Version, tags: Mapping[str, str | None]) -> None:
+    """Set tags of a version; None takes one away."""
+    with calls(tracking.uri):
+        there = tracking.client.get_model_version(version.name, version.number).tags
+        for key, value in tags.items():
+            if value is not None:
+                tracking.client.set_model_version_tag(version.name, version.number, key, value)
+            elif key in there:
+                tracking.client.delete_model_version_tag(version.name, version.number, key)
+
+
+def pages(search: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    """Everything that an MLflow search finds, page by page."""
+    token = None
+    while True:
+        page = search(*arguments, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def answering(tracking: Tracking, name: str, run_digest: str) -> Version | None:

@@ -1,4 +1,4 @@
-"""Checkpoints at the end of each epoch: single safetensors files, written aside and moved into place.
+"""Checkpoints, within epochs and at their ends: single safetensors files, written aside and moved into place.
 
 checkpoint/last.safetensors     trained weights, optimiser moments, and in the header where training is: to go on from
 checkpoint/best-3.safetensors   trained weights of the best epoch so far: what the bundle will hold
@@ -31,7 +31,7 @@ def best_name(epoch: int | str) -> str:
 
 
 def save(out: Path, job: str, learner: Learner, state: State, best: bool) -> None:
-    """Write the state after an epoch of the job with this digest; with `best`, keep its weights."""
+    """Write the state of the job with this digest; with `best`, keep its weights: an epoch ended that is the best."""
     folder = out / FOLDER
     weights = {WEIGHT + name: _stored(parameter) for name, parameter in learner.trained.items()}
     if best:

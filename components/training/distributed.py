@@ -144,9 +144,9 @@ class Group:
         if self.local_rank == 0:
             self._wait()
 
-    def seed(self, job: int, epoch: int) -> int:
-        """For what is drawn in an epoch: dropout masks, others in each process."""
-        return job * 100_003 + epoch + 1_000_003 * self.rank
+    def seed(self, job: int, step: int) -> int:
+        """For what is drawn in a step, of a job with this seed: dropout masks, others in each process."""
+        return int(np.random.SeedSequence((job, step, self.rank)).generate_state(1, np.uint64)[0])
 
     def say(self, error: Exception, line: str) -> None:
         """Print why the job fails: one line a machine, the reason of the process that failed first."""

@@ -23,17 +23,26 @@ from components.evaluation import metrics
 from components.methods import Schedule
 from components.training.batching import Tokens, collate, scoring_batches, training_batches
 from components.training.distributed import ALONE, Group
-from components.training.precision import arithmetic
+from components.training.precision import Precision, arithmetic
 from components.training.progress import Meter, Progress
 
 SCORING_BATCH = 64
+# What a kill may cost at most, but for models whose checkpoints take long to write.
+INTERVAL_S = 30.0
+WRITING_SHARE = 0.05
 
 
 @dataclass
 class State:
-    """Where a training is: enough, with its tensors, to go on from the end of an epoch."""
+    """Where a training is: enough, with its tensors, to go on from any step.
+
+    Batches and whatever is drawn follow from the seed and these numbers: there is no random state to keep.
+    epoch: those that ended.  batch: of the epoch under way, done.  loss: the sum of theirs.  step: of all epochs.
+    """
 
     epoch: int = 0
+    batch: int = 0
+    loss: float = 0.0
     step: int = 0
     best_epoch: int = 0
     best_score: float = -math.inf
@@ -98,8 +107,8 @@ def fit(
 ) -> State:
     """Train until the epochs are used up or validation stops improving.
 
-    state: where to begin; a new State() for a new training.  keep: called at the end of each epoch with the state and
-    whether this epoch is the best so far, to save what is needed.
+    state: where to begin; a new State() for a new training.  keep: called at the end of each epoch, and within one now
+    and then, with the state and whether an epoch ended that is the best so far, to save what is needed.
 
     Raises TrainingError when the loss is no longer a number.
     """
@@ -107,55 +116,94 @@ def fit(
     weights = _class_weights(train.labels, training.class_weights, model.config.num_labels, device)
     precision = arithmetic(device, training.precision)
     per_epoch = math.ceil(len(train.ids) / training.batch_size)
-    meter = Meter(report, per_epoch * schedule.epochs, schedule.epochs, state.step)
+    meter, pause = Meter(report, per_epoch * schedule.epochs, schedule.epochs, state.step), Pause()
 
     while state.epoch < schedule.epochs and state.epoch - state.best_epoch < schedule.patience:
-        state.epoch += 1
-        begin = time.perf_counter()
-        torch.manual_seed(group.seed(seed, state.epoch))  # so that a resumed epoch draws what it would have drawn
-        step.reseed(model, seed, state.epoch)  # layers are dropped by all processes alike
+        batches = training_batches(train.lengths, training.batch_size, seed, state.epoch + 1)
         training_mode(model)
-        losses = []
         with precision.frozen(model):
-            for rows in training_batches(train.lengths, training.batch_size, seed, state.epoch):
-                mine, labels = group.share(rows, train.labels)
-                inputs = collate(train, mine, padding, device)
-                target = torch.from_numpy(labels).to(device)
-                with precision.forward(inputs["input_ids"].shape[1]):
-                    logits = model(**inputs).logits
-                loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum")
-                loss /= len(rows) if weights is None else weights[train.labels[rows]].sum()  # of the whole batch
-                if (beside := regulariser(model)) is not None:
-                    loss = loss + beside / group.size
-                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-                loss = group.combine(loss.detach(), learner.trained.values())
-                nn.utils.clip_grad_norm_(learner.trained.values(), training.clip_norm)
-                learner.optimizer.step()
-                learner.scheduler.step()
-                learner.optimizer.zero_grad(set_to_none=True)
-                losses.append(float(loss))
-                if not math.isfinite(losses[-1]):
+            for rows in batches[state.batch :]:
+                begin = time.perf_counter()
+                torch.manual_seed(group.seed(seed, state.step))
+                step.reseed(model, seed, state.step)  # layers are dropped by all processes alike
+                loss = _learn(learner, train, rows, weights, precision, padding, training.clip_norm)
+                if not math.isfinite(loss):
                     raise TrainingError(
                         "a finite loss",
-                        f"{losses[-1]} at step {state.step + 1}",
+                        f"{loss} at step {state.step + 1}",
                         "lower the learning rates, or set precision: fp32",
                     )
-                state.step += 1
-                tokens = int(train.lengths[rows].sum())
-                state.tokens += tokens
-                meter.step(state.step, state.epoch, losses[-1], tokens)
-        state.seconds += time.perf_counter() - begin
+                tokens = sum(len(train.ids[row]) for row in rows)
+                state.batch, state.step, state.tokens = state.batch + 1, state.step + 1, state.tokens + tokens
+                state.loss, state.seconds = state.loss + loss, state.seconds + time.perf_counter() - begin
+                meter.step(state.step, state.epoch + 1, loss, tokens)
+                if pause.is_over and state.batch < len(batches):
+                    with pause:
+                        keep(state, False)
         probabilities = predict(model, validation, padding, device, group)
         measured = group.from_main(partial(metrics.measure, validation.labels, probabilities))  # one decides for all
         score = metrics.score(measured, training.metric)
+        epoch_metrics = {"train_loss": state.loss / len(batches), **{f"validation_{k}": v for k, v in measured.items()}}
+        state.epoch, state.batch, state.loss = state.epoch + 1, 0, 0.0
         best = score > state.best_score
         if best:
             state.best_score, state.best_epoch = score, state.epoch
-        epoch_metrics = {"train_loss": float(np.mean(losses)), **{f"validation_{k}": v for k, v in measured.items()}}
         state.history.append({"epoch": state.epoch, "step": state.step, **epoch_metrics})
-        keep(state, best)
+        with pause:
+            keep(state, best)
         meter.epoch(state.step, state.epoch, epoch_metrics)
     return state
+
+
+def _learn(
+    learner: Learner,
+    train: Tokens,
+    rows: npt.NDArray[np.int64],
+    weights: torch.Tensor | None,
+    precision: Precision,
+    padding: int,
+    clip_norm: float,
+) -> float:
+    """One step on one batch, of which each process computes its share. Returns the loss of the whole batch."""
+    model, group, trained = learner.model, learner.group, learner.trained.values()
+    mine, labels = group.share(rows, train.labels)
+    inputs = collate(train, mine, padding, learner.device)
+    target = torch.from_numpy(labels).to(learner.device)
+    with precision.forward(inputs["input_ids"].shape[1]):
+        logits = model(**inputs).logits
+    loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum")
+    loss /= len(rows) if weights is None else weights[train.labels[rows]].sum()
+    if (beside := regulariser(model)) is not None:
+        loss = loss + beside / group.size
+    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    loss = group.combine(loss.detach(), trained)
+    nn.utils.clip_grad_norm_(trained, clip_norm)
+    learner.optimizer.step()
+    learner.scheduler.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    return float(loss)
+
+
+class Pause:
+    """Between two checkpoints: as long as INTERVAL_S, or longer where writing one would else take more than its share.
+
+    Used as a context around the writing of one.
+    """
+
+    def __init__(self) -> None:
+        self._begin = self._end = time.monotonic()
+        self._end += INTERVAL_S
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._end
+
+    def __enter__(self) -> None:
+        self._begin = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        now = time.monotonic()
+        self._end = now + max(INTERVAL_S, (now - self._begin) * (1 / WRITING_SHARE - 1))
 
 
 def predict(

@@ -17,7 +17,7 @@ from components.errors import StorageError, StorageUnavailable
 from components.registry import bundle
 from components.training import checkpoint
 
-# Copies take at most this share of the time: an epoch that ends too soon after a copy is left to the next one.
+# Copies take at most this share of the time: a checkpoint too soon after a copy is left to the next one.
 COPY_SHARE = 0.1
 # How long the bundle's upload waits for a server that went away: hours of training are at stake.
 DELIVERY_S = 180.0
@@ -48,22 +48,24 @@ class Mirror:
         with tempfile.TemporaryDirectory(dir=here) as folder:
             theirs = storage.download(storage.join(self._uri, checkpoint.LAST), Path(folder) / checkpoint.LAST)
             state = checkpoint.state_of(theirs, self._job, self._out)
-            if last.is_file() and checkpoint.state_of(last, self._job, str(here)).epoch >= state.epoch:
+            if last.is_file() and checkpoint.state_of(last, self._job, str(here)).step >= state.step:
                 return
-            name = checkpoint.best_name(state.best_epoch)
-            storage.download(storage.join(self._uri, name), Path(folder) / name).replace(here / name)
+            if state.best_epoch:
+                self._best = checkpoint.best_name(state.best_epoch)
+                storage.download(storage.join(self._uri, self._best), Path(folder) / self._best).replace(
+                    here / self._best
+                )
             theirs.replace(last)
-        self._best = name
 
     def copy(self, best_epoch: int) -> None:
-        """Copy the checkpoint of an epoch that ended; one that cannot be copied now is left to the next epoch."""
+        """Copy the newest checkpoint; one that cannot be copied now is left to the next. best_epoch: 0 for none yet."""
         begin = time.monotonic()
         if begin < self._rest_until:
             return
         try:
-            self._copy(checkpoint.best_name(best_epoch))
+            self._copy(checkpoint.best_name(best_epoch) if best_epoch else "")
         except StorageError as error:
-            log.warning("checkpoint not copied, the next epoch tries again: %s", error)
+            log.warning("checkpoint not copied, the next one is tried again: %s", error)
         else:
             end = time.monotonic()
             self._rest_until = end + (end - begin) * (1 / COPY_SHARE - 1)

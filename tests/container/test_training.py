@@ -82,6 +82,7 @@ def _why(stack: Running) -> str:
     return "; ".join(f"{run.name}: {run.state.message}" for run in runs if run.state and run.state.is_final())
 
 
+@pytest.mark.fault("kill -9 of a training container", "told as such; tried again, from the last checkpoint in S3")
 def test_a_killed_container_is_told_apart_and_its_job_resumes(stack: Running) -> None:
     config = stack.config("killed")
     job = stack.spec(config, epochs=100)
@@ -95,6 +96,7 @@ def test_a_killed_container_is_told_apart_and_its_job_resumes(stack: Running) ->
     assert bundle.read_manifest(out).job_digest == job.digest
 
 
+@pytest.mark.fault("a container reaches its memory limit", "told as such, not tried again")
 def test_reaching_the_memory_limit_is_no_mere_kill(stack: Running) -> None:
     config = stack.config("memory", memory="300m")
     with pytest.raises(OutOfMemory, match="memory"):
@@ -175,6 +177,7 @@ def test_a_missing_gpu_is_told_in_words(stack: Running) -> None:
     until(lambda: ended(stack), "the container that could not start is removed")
 
 
+@pytest.mark.fault("a container cannot reach S3", "one line that names the address")
 def test_a_container_that_cannot_reach_the_store_says_so(stack: Running) -> None:
     config = stack.config("away", env={"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9"})
     with pytest.raises(StorageUnavailable, match="an S3 server that answers"):
@@ -207,6 +210,10 @@ def _is_first(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize("name", ["worker-docker", "prefect"])
+@pytest.mark.fault(
+    "kill -9 of the Prefect server or the worker of a training container",
+    "the container goes on, the retrain hears of its end",
+)
 def test_a_job_survives_the_death_of(stack: Running, name: str) -> None:
     config = stack.config(f"without-{name}")
     job = stack.spec(config, epochs=100)
@@ -217,6 +224,7 @@ def test_a_job_survives_the_death_of(stack: Running, name: str) -> None:
     until(lambda: ended(stack), "its container is removed by the next worker")
 
 
+@pytest.mark.fault("kill -9 of a container while no worker watches", "found when the worker is back")
 def test_a_container_that_dies_while_no_worker_watches_is_found(stack: Running) -> None:
     config = stack.config("unwatched")
     job = stack.spec(config, epochs=500)

@@ -15,6 +15,9 @@ from components.config import RetrainConfig, parse
 from infra import local
 from tests import prefect_server
 from tests.conftest import toy_rows, write_csv
+from tests.flows.deployed import client, deployed, environment, run, worker
+
+__all__ = ["client", "deployed", "environment", "run", "worker"]  # fixtures
 
 Settings = Callable[..., RetrainConfig]
 

@@ -7,17 +7,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from components import cache, storage
 from components.config import RegistryConfig, RetrainConfig
+from components.data import ledger, rows, sources
+from components.data.split import split
 from components.errors import AdapterlineError, ConfigError, DataError, RegistryError
-from components.methods import members_of
-from components.registry import bundle, members, tracking, versions
+from components.methods import members_of, settings_of
+from components.registry import bundle, members, promotion, tracking, versions
 from components.training import spec as specs
+from components.training.spec import DataRef
 from flows.fuse import fuse
 from flows.retrain import retrain
 from tests.conftest import make_base
 from tests.flows.conftest import Settings
+from tests.registry.registered import Shelf
+from tests.training.toy_jobs import finished
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,14 +42,26 @@ def connect() -> tracking.Tracking:
 
 
 @pytest.fixture
-def fusion(settings: Settings) -> RetrainConfig:
-    """The two members are registered by the first test that asks; one is in production, both are candidates."""
-    for size, name in zip((2, 4), NAMES, strict=True):
-        if versions.with_alias(connect(), name, versions.CANDIDATE) is None:
-            retrain(settings(name, adapter__bottleneck__reduction_factor=size))
-    there = connect()
-    there.client.set_registered_model_alias(NAMES[0], versions.PRODUCTION, "1")
-    return fused_from(settings, [f"{NAMES[0]}@production", f"{NAMES[1]}/1"])
+def fusion(settings: Settings, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RetrainConfig:
+    """The two members are made by the first test that asks; one is in production, both are candidates.
+
+    They learned from the split that the fusion will have, which no flow needs minutes for.
+    """
+    config = fused_from(settings, [f"{NAMES[0]}@production", f"{NAMES[1]}/1"])
+    if versions.with_alias(connect(), NAMES[0], versions.CANDIDATE) is None:
+        torch.set_num_threads(1)
+        root = tmp_path_factory.mktemp("members")
+        table = sources.read(config.data).table
+        parts = split(rows.clean(table, rows.label_names(table, None)), config.split)
+        ledger.save(parts, str(root / "split"))
+        data = DataRef(uri=str(root / "split"), digest=parts.digest)
+        for size, name in zip((2, 4), NAMES, strict=True):
+            adapter = settings_of("pfeiffer", reduction_factor=size)
+            trained = finished(tiny_base, data, "pfeiffer", root / name, epochs=8, settings=adapter)
+            Shelf(root, trained, data, promotion.connect(RegistryConfig())).version(name)
+            connect().client.set_registered_model_alias(name, versions.CANDIDATE, "1")
+        connect().client.set_registered_model_alias(NAMES[0], versions.PRODUCTION, "1")
+    return config
 
 
 def fused_from(settings: Settings, names: list[str], **overrides: object) -> RetrainConfig:

@@ -63,6 +63,10 @@ def child() -> psutil.Process:
     return found
 
 
+@pytest.mark.fault(
+    "kill -9 of a training process",
+    "told as such; the next try goes on from the last checkpoint to the same predictions",
+)
 def test_a_killed_job_is_told_apart_and_resumes_to_the_same_predictions(spec: MakeSpec, tmp_path: Path) -> None:
     task = spec(str(tmp_path / "store"))
     epochs: list[int] = []

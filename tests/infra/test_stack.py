@@ -144,6 +144,7 @@ def run_of(place: Place, name: str) -> str:
     return (place.checkout / name).read_text()
 
 
+@pytest.mark.fault("disk full when the stack starts", "one line, nothing runs")
 def test_a_full_disk_is_told_in_one_line(place: Place) -> None:
     if place.refused is None:
         pytest.skip("this user may not mount a small file system")
@@ -275,6 +276,7 @@ def test_models_and_runs_go_to_the_server_with_its_login(place: Place) -> None:
             assert any(name.endswith("file.txt") for name in storage.names(f"s3://{local.BUCKET}/mlflow"))
 
 
+@pytest.mark.fault("kill -9 of S3, MLflow, Prefect and a worker", "the supervisor starts them again")
 def test_each_part_is_restarted_after_kill_9(place: Place) -> None:
     names = (*parts.SERVERS, "worker-local")
     before = {name: supervision.states(place.folder)[name]["pid"] for name in names}
@@ -285,6 +287,7 @@ def test_each_part_is_restarted_after_kill_9(place: Place) -> None:
     assert {name for name in names if after[name] != before[name]} == set(names)
 
 
+@pytest.mark.fault("kill -9 of the supervisor and a worker", "flow runs go on, `make up` mends the rest")
 def test_after_kill_9_of_the_supervisor_up_works(place: Place, runs: dict[str, psutil.Process]) -> None:
     with local.stack(place.folder) as stack, local.exported(stack.environment):
         storage.write(OBJECT, b"kept")
@@ -302,6 +305,7 @@ def test_a_flow_run_outlives_the_supervisor(place: Place, runs: dict[str, psutil
     assert place.ask(f"flow_runs/{run_of(place, 'one')}")["state_type"] == "RUNNING"
 
 
+@pytest.mark.fault("kill -9 of a flow while no worker watches", "Crashed, once a worker is back")
 def test_a_flow_run_that_died_unseen_is_crashed(place: Place, runs: dict[str, psutil.Process]) -> None:
     assert place.ask(f"flow_runs/{run_of(place, 'two')}")["state_type"] == "CRASHED"
 

@@ -81,6 +81,7 @@ def expire(leases: Path) -> None:
         file.write_text(json.dumps(content))
 
 
+@pytest.mark.fault("kill -9 of a retrain and of the Prefect server", "the model is free for the next run")
 def test_a_model_is_free_again_after_its_run_and_the_server_were_killed(folder: Path) -> None:
     leases = folder / "prefect" / parts.LEASES_FOLDER
     with server(folder) as variables:
@@ -95,6 +96,7 @@ def test_a_model_is_free_again_after_its_run_and_the_server_were_killed(folder: 
     assert "ModelBusy" in refused.stderr, refused.stderr
 
 
+@pytest.mark.fault("kill -9 of a retrain by hand", "the model is free for the next run")
 def test_a_model_is_free_again_after_a_run_without_a_server_of_its_own_was_killed(tmp_path: Path) -> None:
     home = {"HOME": str(tmp_path), "ADAPTERLINE_STACK": str(tmp_path / "stack")}
     hold_and_be_killed(tmp_path, home)

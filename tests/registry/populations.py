@@ -11,7 +11,7 @@ from pathlib import Path
 from components.base_model import BasePin
 from components.data import ledger
 from components.methods import Member
-from components.registry import bundle
+from components.registry import bundle, history
 
 NOW = 1_700_000_000.0
 OLD = NOW - 3 * 86_400
@@ -103,11 +103,24 @@ def accept(store: Path, model: str, number: int, split: str, frozen: str, rows: 
     return record
 
 
-def promote(store: Path, model: str, number: int, digest: str | None, run: str | None) -> None:
-    """A record of a model's history, as far as tidying reads it."""
-    record = {"sequence": number, "model": model, "action": "promote", "bundle_digest": digest, "run": run}
-    write(store / "history" / model / f"{number:06d}.json", json.dumps(record))
-    write(store / "history" / model / f"{number:06d}.done", "")
+def promote(store: Path, model: str, digest: str = "", run: str = "") -> None:
+    """The next record of a model's history."""
+    before = history.records(str(store), model)
+    record = history.Record(
+        sequence=len(before) + 1,
+        model=model,
+        action="promote",
+        before=None,
+        after="1",
+        who="a test",
+        why="for a test",
+        when="2026-01-01T00:00:00+00:00",
+        bundle_digest=digest,
+        run=run,
+        previous=before[-1].digest if before else "",
+    )
+    assert history.append(str(store), record)
+    history.mark_done(str(store), record)
 
 
 def job_name(name: str, method: str = "pfeiffer") -> str:

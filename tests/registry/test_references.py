@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from components.errors import DataError
+from components.errors import HistoryError
 from components.methods import Member
 from components.registry import garbage, inventory, references
 from components.registry.references import Registry, Run, Version
@@ -97,7 +97,7 @@ class Population:
         if fate == "version":
             self.register(model, digest)
         elif fate == "recorded":
-            made.promote(self.store, model, self.count, digest, sha(name)[:32])
+            made.promote(self.store, model, digest, sha(name)[:32])
         elif fate == "running":
             self.run(sha(name, "job"))
         elif fate == "on Prefect":
@@ -242,7 +242,7 @@ def test_names_that_the_flows_do_not_give_are_never_listed(tmp_path: Path) -> No
 
 def test_ledger_history_and_claims_are_never_listed(tmp_path: Path) -> None:
     made.accept(tmp_path / "store", "model", 1, sha("split"), sha("frozen"), sha("rows"))
-    made.promote(tmp_path / "store", "model", 1, None, None)
+    made.promote(tmp_path / "store", "model")
     made.write(tmp_path / "store/registries/0123456789abcdef.json")
     assert left_over(tmp_path, registry()) == set()
 
@@ -274,7 +274,7 @@ def test_what_killed_writers_left_is_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"run": null}'])
 def test_a_history_that_cannot_be_read_stops_everything(content: str, tmp_path: Path) -> None:
     made.write(tmp_path / "store/history/model/000001.json", content)
-    with pytest.raises(DataError, match="history"):
+    with pytest.raises(HistoryError, match="history"):
         left_over(tmp_path, registry())
 
 

@@ -201,7 +201,7 @@ def test_what_a_record_of_history_names_stays_though_its_version_is_deleted(at_h
     client.delete_model_version(MODEL, version.version)
     client.delete_run(version.run_id)
     digest = version.tags["bundle_digest"]
-    made.promote(Path(at_home.places.store), MODEL, 1, digest, version.run_id)
+    made.promote(Path(at_home.places.store), MODEL, digest, version.run_id)
     assert at_home.found() == {}
 
 

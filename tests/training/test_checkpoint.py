@@ -61,6 +61,46 @@ def test_a_resumed_job_with_adapter_dropout_predicts_the_same(lively_base: Path,
     assert np.array_equal(parted.probabilities, whole.probabilities)
 
 
+@pytest.mark.parametrize("step", [1, 15, 16, 20])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("full", None),
+        ("pfeiffer", {"reduction_factor": 2, "dropout": 0.3, "drop_range": [0, 1]}),
+        ("masked", {"reduction_factor": 2}),
+    ],
+)
+def test_within_an_epoch_too(
+    lively_base: Path,
+    data: DataRef,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    settings: object,
+    step: int,
+) -> None:
+    """From any step, with all that is drawn; 15 steps are an epoch here."""
+    spec = toy_spec(lively_base, data, method, epochs=2, settings=settings)
+    job.run(spec, str(tmp_path / "whole"), silent)
+    save = checkpoint.save
+
+    def interrupting(out: Path, job: str, learner: loop.Learner, state: State, best: bool) -> None:
+        save(out, job, learner, state, best)
+        if state.step == step:
+            raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(loop, "INTERVAL_S", 0.0)
+        patched.setattr(loop, "WRITING_SHARE", 1.0)
+        patched.setattr(checkpoint, "save", interrupting)
+        job.run(spec, str(tmp_path / "parted"), silent)
+    steps: list[int] = []
+    job.run(spec, str(tmp_path / "parted"), lambda event: steps.append(event.step))
+    assert min(steps) > step
+    whole, parted = (bundle.read_predictions(tmp_path / name) for name in ("whole", "parted"))
+    assert np.array_equal(parted.probabilities, whole.probabilities)
+
+
 def test_epochs_before_the_interruption_are_not_repeated(lively_base: Path, data: DataRef, tmp_path: Path) -> None:
     spec = toy_spec(lively_base, data, "pfeiffer")
     interrupted(spec, tmp_path, after=3)

@@ -129,7 +129,7 @@ class Machine:
         self.mirror = Mirror("a job", folder, out)
 
     def reach(self, epoch: int) -> None:
-        checkpoint.save(self.folder, "a job", self.learner, State(epoch=epoch, best_epoch=epoch), best=True)
+        checkpoint.save(self.folder, "a job", self.learner, State(epoch=epoch, step=epoch, best_epoch=epoch), best=True)
 
     def epoch(self) -> int:
         return checkpoint.resume(self.folder, "a job", self.learner).epoch
@@ -189,14 +189,16 @@ class Outage:
             os.environ[ENDPOINT] = NOBODY if event.epoch == self.begins else self.store
 
 
+@pytest.mark.fault("S3 away while a job trains", "it trains on; checkpoints are copied when S3 is back")
 def test_training_goes_on_while_s3_is_away(
     spec: JobSpec, out: str, store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job.run(spec, out, Outage(store, 2, 4))
-    assert "checkpoint not copied, the next epoch tries again" in caplog.text
+    assert "checkpoint not copied, the next one is tried again" in caplog.text
     assert len(predictions(out, tmp_path / "back"))
 
 
+@pytest.mark.fault("S3 away when a job ends", "the bundle is delivered when S3 is back")
 def test_the_bundle_waits_until_s3_is_back(
     spec: JobSpec, out: str, store: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -213,6 +215,9 @@ def test_the_bundle_waits_until_s3_is_back(
     assert set(storage.names(out)) == {bundle.MANIFEST, *manifest.files}
 
 
+@pytest.mark.fault(
+    "S3 away for longer than 3 minutes when a job ends", "one line; the next try delivers the bundle without training"
+)
 def test_a_bundle_that_could_not_be_delivered_is_the_next_time(
     spec: JobSpec, out: str, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
