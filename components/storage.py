@@ -12,7 +12,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ UNFINISHED = ".unfinished-"
 
 @dataclass(frozen=True)
 class Entry:
-    """One object or file, unread. Another content has another size (bytes) or mark."""
+    """One object or file, unread. Another content has another size (bytes) or mark. modified: when, s since 1970."""
 
     name: str
     size: int
     mark: str
+    modified: float = field(default=0.0, compare=False)
 
 
 def is_s3(uri: str) -> bool:
@@ -47,17 +48,17 @@ def require(root: str) -> None:
         except OSError as error:
             raise _unwritable(root, error) from error
         return
-    bucket, _ = _parts(root)
-    with _errors(root):
-        _client().head_bucket(Bucket=bucket)
+    bucket, _ = parts(root)
+    with translated(root):
+        client().head_bucket(Bucket=bucket)
 
 
 def read(uri: str) -> bytes:
     """Content of one object. Raises StorageError when it is not there."""
     if is_s3(uri):
-        bucket, key = _parts(uri)
-        with _errors(uri):
-            content: bytes = _client().get_object(Bucket=bucket, Key=key)["Body"].read()
+        bucket, key = parts(uri)
+        with translated(uri):
+            content: bytes = client().get_object(Bucket=bucket, Key=key)["Body"].read()
         return content
     try:
         return Path(uri).read_bytes()
@@ -96,15 +97,15 @@ def find(uri: str) -> Entry | None:
         return _entry(Path(uri), Path(uri).name)
     from botocore.exceptions import ClientError
 
-    bucket, key = _parts(uri)
-    with _errors(uri):
+    bucket, key = parts(uri)
+    with translated(uri):
         try:
-            found = _client().head_object(Bucket=bucket, Key=key)
+            found = client().head_object(Bucket=bucket, Key=key)
         except ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
                 return None
             raise
-    return Entry(key.rsplit("/", 1)[-1], found["ContentLength"], found["ETag"])
+    return Entry(key.rsplit("/", 1)[-1], found["ContentLength"], found["ETag"], found["LastModified"].timestamp())
 
 
 def names(uri: str) -> list[str]:
@@ -118,12 +119,15 @@ def listing(uri: str) -> list[Entry]:
         root = Path(uri)
         found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
         return [entry for name in found if UNFINISHED not in name and (entry := _entry(root / name, name))]
-    bucket, prefix = _parts(uri)
+    bucket, prefix = parts(uri)
     prefix = f"{prefix.rstrip('/')}/" if prefix else ""
-    with _errors(uri):
-        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    with translated(uri):
+        pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         objects = [item for page in pages for item in page.get("Contents", [])]
-    entries = (Entry(item["Key"].removeprefix(prefix), item["Size"], item["ETag"]) for item in objects)
+    entries = (
+        Entry(item["Key"].removeprefix(prefix), item["Size"], item["ETag"], item["LastModified"].timestamp())
+        for item in objects
+    )
     return sorted(entries, key=lambda entry: entry.name)
 
 
@@ -133,10 +137,10 @@ def download(uri: str, target: Path) -> Path:
         if not Path(uri).is_file():
             raise _missing(uri)
         return Path(uri)
-    bucket, key = _parts(uri)
+    bucket, key = parts(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _errors(uri):
-        _client().download_file(bucket, key, str(target))
+    with translated(uri):
+        client().download_file(bucket, key, str(target))
     return target
 
 
@@ -171,9 +175,9 @@ def upload(path: Path, uri: str) -> None:
     if not is_s3(uri):
         write(uri, path.read_bytes())
         return
-    bucket, key = _parts(uri)
-    with _errors(uri), path.open("rb") as file:
-        _client().upload_fileobj(file, bucket, key)
+    bucket, key = parts(uri)
+    with translated(uri), path.open("rb") as file:
+        client().upload_fileobj(file, bucket, key)
 
 
 def remove(uri: str) -> None:
@@ -184,9 +188,9 @@ def remove(uri: str) -> None:
         except OSError as error:
             raise _unwritable(uri, error) from error
         return
-    bucket, key = _parts(uri)
-    with _errors(uri):
-        _client().delete_object(Bucket=bucket, Key=key)
+    bucket, key = parts(uri)
+    with translated(uri):
+        client().delete_object(Bucket=bucket, Key=key)
 
 
 def _entry(path: Path, name: str) -> Entry | None:
@@ -195,17 +199,19 @@ def _entry(path: Path, name: str) -> Entry | None:
         about = path.stat()
     except OSError:
         return None
-    return Entry(name, about.st_size, str(about.st_mtime_ns)) if stat.S_ISREG(about.st_mode) else None
+    if not stat.S_ISREG(about.st_mode):
+        return None
+    return Entry(name, about.st_size, str(about.st_mtime_ns), about.st_mtime)
 
 
 def _put(uri: str, content: bytes, if_absent: bool) -> bool:
     from botocore.exceptions import ClientError
 
-    bucket, key = _parts(uri)
+    bucket, key = parts(uri)
     condition = {"IfNoneMatch": "*"} if if_absent else {}
-    with _errors(uri):
+    with translated(uri):
         try:
-            _client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
+            client().put_object(Bucket=bucket, Key=key, Body=content, **condition)
         except ClientError as error:
             if if_absent and error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
                 return False
@@ -213,7 +219,8 @@ def _put(uri: str, content: bytes, if_absent: bool) -> bool:
     return True
 
 
-def _client() -> Any:
+def client() -> Any:
+    """boto3's client of the server that the environment names."""
     return _connect(os.environ.get("AWS_ENDPOINT_URL_S3"), os.environ.get("AWS_ACCESS_KEY_ID"))
 
 
@@ -228,7 +235,8 @@ def _connect(endpoint: str | None, key_id: str | None) -> Any:
     return boto3.Session().client("s3", config=patience)
 
 
-def _parts(uri: str) -> tuple[str, str]:
+def parts(uri: str) -> tuple[str, str]:
+    """Bucket and key of an s3:// URI."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket:
         raise StorageError("s3://BUCKET/KEY", repr(uri), "name a bucket")
@@ -245,12 +253,12 @@ def _unwritable(uri: str, error: OSError) -> StorageError:
 
 
 @contextmanager
-def _errors(uri: str) -> Iterator[None]:
-    """Turn boto3's exceptions into ours."""
+def translated(uri: str) -> Iterator[None]:
+    """Turn boto3's exceptions into ours, for the length of the block."""
     from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
-    bucket, _ = _parts(uri)
+    bucket, _ = parts(uri)
     try:
         yield
     except NoCredentialsError as error:
@@ -284,7 +292,7 @@ def _bucket_exists(bucket: str) -> bool:
     from botocore.exceptions import ClientError
 
     try:
-        _client().head_bucket(Bucket=bucket)
+        client().head_bucket(Bucket=bucket)
     except ClientError:
         return False
     return True

@@ -24,7 +24,7 @@ from components.data.ledger import Record
 from components.data.split import split as split_rows
 from components.errors import AdapterlineError, ConfigError
 from components.methods import Member
-from components.registry import registration, standing, tracking, versions
+from components.registry import claim, registration, standing, tracking, versions
 from components.registry.versions import Version
 from flows import jobs, saved, screen
 from flows.values import Judged, Plan, Rows, Run, Trained
@@ -81,8 +81,11 @@ def plan(config: RetrainConfig, rows: Rows, members: tuple[Member, ...] = ()) ->
 
 @task(**RETRIED, name="up to date?")
 def up_to_date(config: RetrainConfig, plan: Plan, rows: Rows) -> Version | None:
-    """The version that an equal run already made and that still stands, if there is one."""
-    found = versions.answering(tracking.connect(config.registry), config.model, plan.digest)
+    """The version that an equal run already made and that still stands, if there is one. From here on the store knows
+    which MLflow may refer to what lies in it."""
+    connection = tracking.connect(config.registry)
+    claim.make(connection, config.registry.store)
+    found = versions.answering(connection, config.model, plan.digest)
     if found and isinstance(rows.kept, Record) and found.tags.get("split_digest") != rows.kept.split_digest:
         return None  # the same rows, parted otherwise
     return found

@@ -19,11 +19,15 @@ from components.config import RegistryConfig
 from components.errors import RegistryError, RegistryUnavailable
 
 RUN_VARIABLE = "ADAPTERLINE_MLFLOW_RUN"
+# As many as every kind of search allows at once.
+PAGE = 500
 # A server that is away is reported within a minute; MLflow's own default keeps a client waiting for many.
 PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 # Opens the page for training runs; by default MLflow shows an experiment as one on language-model traces.
 TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+# What MLflow puts a run below another by; `mlflow.utils.mlflow_tags` would import all of MLflow.
+PARENT = "mlflow.parentRunId"
 # The text on top of a run's page.
 NOTE = "mlflow.note.content"
 
@@ -240,6 +244,17 @@ def keep_failure(tracking: Tracking, run_id: str, reason: str = "") -> None:
 def _key(name: str) -> str:
     """MLflow allows few characters in names of metrics; labels may hold any."""
     return "".join(sign if sign.isalnum() or sign in "_-./ :" else "_" for sign in name)
+
+
+def pages(search: Callable[..., Any], **what: Any) -> Iterator[Any]:
+    """Everything that a search of MLflow's client finds, page by page."""
+    token = None
+    while True:
+        page = search(**what, max_results=PAGE, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 class EpochLog:

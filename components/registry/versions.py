@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from components import storage
 from components.errors import BundleError, RegistryError
 from components.methods import Member
 from components.registry import bundle, members
-from components.registry.tracking import Tracking, calls, load_mlflow
+from components.registry.tracking import Tracking, calls, load_mlflow, pages
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -129,7 +129,7 @@ def models(tracking: Tracking) -> list[str]:
 def tagged(tracking: Tracking, name: str, tag: str) -> list[Version]:
     """The versions of a model that have a tag, oldest first, whatever else they are."""
     with calls(tracking.uri):
-        found = pages(tracking.client.search_model_versions, f"name = '{name}'")
+        found = pages(tracking.client.search_model_versions, filter_string=f"name = '{name}'")
         numbers = sorted(int(each.version) for each in found if each.tags.get(tag))
     versions = (_looked_up(tracking, tracking.client.get_model_version, name, str(number)) for number in numbers)
     return [version for version in versions if version is not None]
@@ -144,17 +144,6 @@ def tag(tracking: Tracking, version: Version, tags: Mapping[str, str | None]) ->
                 tracking.client.set_model_version_tag(version.name, version.number, key, value)
             elif key in there:
                 tracking.client.delete_model_version_tag(version.name, version.number, key)
-
-
-def pages(search: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-    """Everything that an MLflow search finds, page by page."""
-    token = None
-    while True:
-        page = search(*arguments, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def answering(tracking: Tracking, name: str, run_digest: str) -> Version | None:
