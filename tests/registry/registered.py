@@ -56,7 +56,9 @@ class Shelf:
             "split_digest": self.data.digest,
             **tags,
         }
-        made = there.client.create_model_version(model, str(folder.parent), run_id=run, tags=known)
+        there.client.log_artifacts(run, str(folder.parent), "model")
+        source = f"{there.client.get_run(run).info.artifact_uri}/model"
+        made = there.client.create_model_version(model, source, run_id=run, tags=known)
         return versions.find(there, f"{model}/{made.version}")
 
     def report(
