@@ -153,10 +153,8 @@ def listen(debug: bool) -> None:
         return
     import warnings
 
-    import datasets
-
     warnings.simplefilter("ignore")
-    datasets.disable_progress_bars()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported, which takes seconds
     os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = "CRITICAL"  # for when Prefect configures logging again
     for each in logging.getLogger().handlers:
         each.setLevel(logging.CRITICAL)

@@ -22,8 +22,10 @@ def case(case: Case) -> str:
 
 def moved(record: Record) -> str:
     """What a record did, in a sentence."""
+    now = f"version {record.after}" if record.after else "no version"
+    before = f"version {record.before}" if record.before else "none"
     return (
-        f"version {record.after or 'none'} of {record.model} is in production, after version {record.before or 'none'} "
+        f"{now} of {record.model} is in production, {before} was before "
         f"({record.action} by {record.who}: {record.why}; record {record.sequence})"
     )
 

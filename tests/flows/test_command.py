@@ -94,7 +94,7 @@ class TestExitCodes:
         bad = settings("by-hand-2", adapter__schedule={"epochs": 1, "learning_rates": rates})
         failed = command("flows.retrain", "--config", save(bad, tmp_path / "bad.yaml"))
         assert (failed.returncode, "verdict: FAIL" in failed.stdout) == (2, True), failed.stderr
-        unsure = settings("by-hand-2", gate__margin=0.0001)
+        unsure = settings("by-hand-2", gate__margin=0.0001, gate__confidence=0.9999)
         inconclusive = command("flows.retrain", "--config", save(unsure, tmp_path / "unsure.yaml"))
         assert (inconclusive.returncode, "verdict: INCONCLUSIVE" in inconclusive.stdout) == (3, True)
         assert inconclusive.stderr.count("\n") == 1

@@ -146,7 +146,7 @@ def test_a_gate_that_fails_or_cannot_tell_leaves_the_candidate(settings: Setting
     with pytest.raises(GateFailed, match="vs full fine-tuning"):
         retrain(settings("first", adapter__schedule={"epochs": 1, "learning_rates": untrained}))
     with pytest.raises(GateInconclusive, match=r"about [\d,]+ would"):
-        retrain(settings("first", gate__margin=0.0001))
+        retrain(settings("first", gate__margin=0.0001, gate__confidence=0.9999))
     assert candidate("first") == standing
     assert count("first") == 1
 
