@@ -106,7 +106,7 @@ class GateReport:
 
 
 def from_json(content: Mapping[str, Any]) -> GateReport:
-    """The report that `as_json` wrote. Raises KeyError or TypeError when it is something else."""
+    """The report that `as_json` wrote. Raises LookupError, TypeError or AttributeError when it is something else."""
     rules = [RuleVerdict(**{**rule, "value": float("nan") if rule["value"] is None else rule["value"]})
              for rule in content["rules"]]  # fmt: skip
     scores = {
@@ -220,7 +220,7 @@ def against_champion(
     """
     rule = f"{CHAMPION_RULE} (version {version})"
     if len(adapter) == 0:
-        reason = "the champion learned from every row of this test part: no honest comparison"
+        reason = "no test row that neither has learned from: no honest comparison"
         return RuleVerdict(rule, "inconclusive", 0.0, -config.champion_margin, reason, rows=0)
     return _compared(rule, adapter, champion, config.champion_margin, config, rng)
 

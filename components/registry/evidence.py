@@ -24,6 +24,8 @@ from components.registry.versions import Version
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    Split = tuple[dict[str, Dataset], tuple[str, ...]]
+
 AGAIN = "retrain that model: it makes a new candidate"
 
 
@@ -51,18 +53,15 @@ def gather(tracking: Tracking, version: Version) -> Evidence:
         raise RegistryError(
             f"a version of {version.name} other than the one in production", f"version {version.number}", AGAIN
         )
-    content = _report(tracking, version)
-    with whole(tracking, version) as (folder, manifest):
-        report = gate.from_json(content)
-        report.raise_unless_passed()
-        _require_same_score(version, report, folder)
-        known = content["champion"]
+    report, known, policy = _judged(tracking, version)
+    report.raise_unless_passed()
+    with whole(tracking, version) as (folder, manifest), _split(version) as split:
+        _require_same_score(version, report, folder, split[0]["test"])
         if (champion.number if champion else None) == known:
             return Evidence(version, champion, report, remeasured=False)
-        policy = GateConfig.model_validate(content["policy"])
         rule = gate.nothing_in_production(policy)
         if champion is not None:
-            rule = _compared(tracking, version, folder, manifest.labels, champion, policy)
+            rule = _compared(tracking, version, folder, manifest.labels, split, champion, policy)
     rules = tuple(rule if each.rule.startswith(gate.CHAMPION_RULE) else each for each in report.rules)
     report = replace(report, verdict=gate.overall(rules), rules=rules)
     report.raise_unless_passed()
@@ -79,45 +78,50 @@ def whole(tracking: Tracking, version: Version) -> Iterator[tuple[Path, bundle.M
         yield folder, manifest
 
 
-def _report(tracking: Tracking, version: Version) -> dict[str, Any]:
-    """What the gate said when this very bundle was registered."""
+def _judged(tracking: Tracking, version: Version) -> tuple[gate.GateReport, str | None, GateConfig]:
+    """What the gate said when this very bundle was registered, what was in production then, and by which policy."""
     run = version.tags.get("gate_run", "")
     try:
         with calls(tracking.uri):
             text = load_mlflow(tracking.uri).artifacts.load_text(f"runs:/{run}/{versions.GATE_REPORT}")
         content: dict[str, Any] = json.loads(text)
-        of, _, _ = content["bundle_digest"], content["champion"], content["policy"]
-    except (RegistryError, ValueError, KeyError, OSError) as error:
+        of, champion, policy = content["bundle_digest"], content["champion"], content["policy"]
+        judged = gate.from_json(content), champion, GateConfig.model_validate(policy)
+    except (RegistryError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         if isinstance(error, RegistryError) and error.retry_can_help:
             raise
         raise RegistryError(f"the gate's report on {version.address} in run {run or '?'}", "none", AGAIN) from error
     if of != version.tags["bundle_digest"]:
         raise RegistryError(f"the gate's report on the bundle of {version.address}", f"one on {of[:12]}", AGAIN)
-    return content
+    return judged
 
 
-def _require_same_score(version: Version, report: gate.GateReport, folder: Path) -> None:
+def _require_same_score(version: Version, report: gate.GateReport, folder: Path, test: Dataset) -> None:
     """The accuracy that the gate saw, computed again from the bundle's predictions and the frozen test rows."""
-    with _parts(version) as (parts, _):
-        test = parts["test"]
-        predictions = bundle.read_predictions(folder)
-        if predictions.rows != list(test["row"]):
-            raise BundleError(f"predictions of {version.address} on its test rows", "on other rows", AGAIN)
-        found = float(gate.correct(predictions.probabilities, np.asarray(test["label"], dtype=np.int64)).mean())
+    predictions = bundle.read_predictions(folder)
+    if predictions.rows != list(test["row"]):
+        raise BundleError(f"predictions of {version.address} on its test rows", "on other rows", AGAIN)
+    found = float(gate.correct(predictions.probabilities, np.asarray(test["label"], dtype=np.int64)).mean())
     said = report.scores["adapter"]["accuracy"].value
     if abs(found - said) > 1e-9:
         raise BundleError(f"{version.address} to be right on {said:.4%} of its test rows", f"{found:.4%}", AGAIN)
 
 
 def _compared(
-    tracking: Tracking, version: Version, folder: Path, labels: tuple[str, ...], champion: Version, policy: GateConfig
+    tracking: Tracking,
+    version: Version,
+    folder: Path,
+    labels: tuple[str, ...],
+    ours: Split,
+    champion: Version,
+    policy: GateConfig,
 ) -> gate.RuleVerdict:
     """The rule on the champion, on every row that either held out for testing and neither has learned from."""
-    with _parts(version) as (ours, _), _parts(champion) as (theirs, their_labels), whole(tracking, champion) as kept:
-        table, names = held_out(ours, labels, theirs, their_labels)
+    with _split(champion) as theirs, whole(tracking, champion) as (kept, manifest):
+        table, names = held_out(*ours, *theirs)
         truth = np.asarray(table["label"], dtype=np.int64)
-        adapter = _probabilities(tracking, version, folder, table, names)
-        other = _probabilities(tracking, champion, kept[0], table, names)
+        adapter = _probabilities(tracking, version, folder, labels, table, names)
+        other = _probabilities(tracking, champion, kept, manifest.labels, table, names)
     right, theirs_right = gate.correct(adapter, truth), gate.correct(other, truth)
     return gate.against_champion(champion.number, right, theirs_right, policy, np.random.default_rng(policy.seed))
 
@@ -142,10 +146,15 @@ def held_out(
 
 
 def _probabilities(
-    tracking: Tracking, version: Version, folder: Path, table: Dataset, labels: tuple[str, ...]
+    tracking: Tracking,
+    version: Version,
+    folder: Path,
+    known: tuple[str, ...],
+    table: Dataset,
+    labels: tuple[str, ...],
 ) -> npt.NDArray[np.float32]:
-    """Of a version, (rows, labels): what its bundle keeps, and where that has none, computed from it."""
-    predictions, known = bundle.read_predictions(folder), bundle.read_manifest(folder).labels
+    """Of a version that knows these labels, (rows, labels): what its bundle keeps, else computed from it."""
+    predictions = bundle.read_predictions(folder)
     at = {row: index for index, row in enumerate(predictions.rows)}
     found = np.zeros((len(table), len(labels)), dtype=np.float32)
     kept = [index for index, row in enumerate(table["row"]) if row in at]
@@ -157,7 +166,7 @@ def _probabilities(
 
 
 @contextmanager
-def _parts(version: Version) -> Iterator[tuple[dict[str, Dataset], tuple[str, ...]]]:
+def _split(version: Version) -> Iterator[Split]:
     """The split that a version was trained and judged on, and its labels."""
     with tempfile.TemporaryDirectory() as folder:
         uri, digest = version.tags.get("split_uri"), version.tags.get("split_digest")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,15 @@ class TestEvidence:
         assert borrowed.tags["bundle_digest"] == bad.tags["bundle_digest"]
         with pytest.raises(RegistryError, match="one on"):
             examined(shelved, borrowed)
+
+    @pytest.mark.parametrize("damage", [{"rules": None}, {"scores": {"adapter": 1}}, {"policy": {"margin": "wide"}}])
+    def test_a_damaged_report_is_none(self, shelved: Shelf, model: str, damage: dict[str, Any]) -> None:
+        version = shelved.version(model, champion="1")
+        labels = bundle.read_predictions(folder_of(version)).labels
+        right = torch.eye(2).numpy()[labels]
+        shelved.report(version.tags["gate_run"], version.tags["bundle_digest"], right, labels, "1", **damage)
+        with pytest.raises(RegistryError, match="the gate's report"):
+            examined(shelved, version)
 
     def test_the_score_must_be_what_the_gate_saw(self, shelved: Shelf, model: str) -> None:
         version = shelved.version(model, accuracy=0.96, champion="1")
