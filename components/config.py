@@ -123,7 +123,9 @@ class TrainingConfig(Frozen):
     warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises")
     clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     class_weights: Literal["none", "balanced"] = "none"
-    metric: Literal["accuracy", "macro_f1", "log_loss"] = Field("accuracy", description="picks the best epoch")
+    metric: Literal["accuracy", "macro_f1", "log_loss"] = Field(
+        "accuracy", description="picks the best epoch; log loss among equals"
+    )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
 

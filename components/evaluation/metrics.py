@@ -24,8 +24,15 @@ def measure(labels: Ints, probabilities: Floats) -> dict[str, float]:
 
 
 def score(measured: dict[str, float], metric: str) -> float:
-    """The metric that picks the best, turned so that higher is better."""
+    """The metric, turned so that higher is better."""
     return -measured[metric] if metric == "log_loss" else measured[metric]
+
+
+def rank(measured: dict[str, float], metric: str) -> list[float]:
+    """What picks the best epoch, higher is better: the metric and, since a small validation part has many ties, log
+    loss among equals.
+    """
+    return [score(measured, metric), -measured["log_loss"]]
 
 
 def confusion(labels: Ints, predicted: Ints, classes: int) -> Ints:

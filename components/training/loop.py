@@ -45,7 +45,7 @@ class State:
     loss: float = 0.0
     step: int = 0
     best_epoch: int = 0
-    best_score: float = -math.inf
+    best_rank: list[float] = field(default_factory=list)  # less than any
     seconds: float = 0.0
     tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -142,12 +142,12 @@ def fit(
                         keep(state, False)
         probabilities = predict(model, validation, padding, device, group)
         measured = group.from_main(partial(metrics.measure, validation.labels, probabilities))  # one decides for all
-        score = metrics.score(measured, training.metric)
+        rank = metrics.rank(measured, training.metric)
         epoch_metrics = {"train_loss": state.loss / len(batches), **{f"validation_{k}": v for k, v in measured.items()}}
         state.epoch, state.batch, state.loss = state.epoch + 1, 0, 0.0
-        best = score > state.best_score
+        best = rank > state.best_rank
         if best:
-            state.best_score, state.best_epoch = score, state.epoch
+            state.best_rank, state.best_epoch = rank, state.epoch
         state.history.append({"epoch": state.epoch, "step": state.step, **epoch_metrics})
         with pause:
             keep(state, best)

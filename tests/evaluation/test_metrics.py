@@ -108,3 +108,13 @@ def test_gaps_in_one_bin_cancel() -> None:
     low, high = calibrated(0.94, 10, 10), calibrated(0.98, 9, 10)
     labels, found = (np.concatenate(parts) for parts in zip(low, high, strict=True))
     assert metrics.ece(labels, found) == pytest.approx(0.96 - 0.95)
+
+
+def test_of_equal_scores_the_surer_one_is_best() -> None:
+    labels = np.array([0, 1, 1])
+    unsure = np.array([[0.6, 0.4], [0.4, 0.6], [0.6, 0.4]])
+    sure = np.array([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4]])
+    right = np.array([[0.51, 0.49], [0.49, 0.51], [0.49, 0.51]])
+    ranks = [metrics.rank(metrics.measure(labels, found), "accuracy") for found in (unsure, sure, right)]
+    assert ranks == sorted(ranks)
+    assert ranks[0][0] == ranks[1][0] < ranks[2][0]

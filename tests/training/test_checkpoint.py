@@ -133,7 +133,9 @@ def learner_of(base: Path, seed: int) -> loop.Learner:
 
 
 def test_the_state_is_read_as_it_was_written(tiny_base: Path, tmp_path: Path) -> None:
-    state = State(epoch=3, step=21, best_epoch=2, best_score=0.75, seconds=1.5, tokens=99, history=[{"epoch": 1}])
+    state = State(
+        epoch=3, step=21, best_epoch=2, best_rank=[0.75, -0.5], seconds=1.5, tokens=99, history=[{"epoch": 1}]
+    )
     checkpoint.save(tmp_path, "a job", learner_of(tiny_base, 1), state, best=True)
     assert checkpoint.resume(tmp_path, "a job", learner_of(tiny_base, 2)) == state
 
