@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -49,12 +50,12 @@ def main(
     local.interrupt_on_sigterm()
     with one_line_errors(options.debug, INTERRUPTED) as outcome:
         if upgrade and _is_upgrade(options):
-            with servers(), _terminal():
+            with servers(), _prefect(), _terminal():
                 upgrade(options.base, options.all_from, options.standing_on, _overrides(options.set), options.list)
             return 0
         read = config.load_preset if options.preset else config.load
         settings = read(options.preset or options.config, _overrides(options.set))
-        with servers() as stack, _terminal():
+        with servers() as stack, _prefect(), _terminal():
             _closing(settings, flow(settings), stack)
     return outcome.code
 
@@ -131,6 +132,24 @@ def servers() -> Iterator[local.Stack | None]:
         return
     with local.stack() as stack, local.exported(stack.environment):
         yield stack
+
+
+@contextlib.contextmanager
+def _prefect() -> Iterator[None]:
+    """Prefect's temporary server, where none is named. Ctrl-C reaches a whole process group: a server that ended by it
+    before its flow would have the flow ask for minutes who there is to be told of its end.
+    """
+    from prefect.settings import get_current_settings
+
+    if not get_current_settings().api.url:
+        from prefect.server.api.server import SubprocessASGIServer
+
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which its process inherits
+        try:
+            SubprocessASGIServer().start()  # the one that Prefect itself would start; it ends with this process
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from components.registry import bundle
 from components.training import job, progress
 from components.training.spec import DataRef, JobSpec, Limits
 from flows import jobs
+from flows.command import INTERRUPTED
 from flows.values import Plan
 from tests.conftest import toy_rows, write_csv
 from tests.flows.conftest import Settings
@@ -145,13 +146,20 @@ class TestOverS3:
 class TestInterrupted:
     pytestmark = servers
 
-    def test_ending_the_flow_ends_its_jobs(self, settings: Settings, servers: dict[str, str], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("by", ["SIGTERM", "Ctrl-C"])
+    def test_ending_the_flow_ends_its_jobs_and_says_one_line(
+        self, settings: Settings, servers: dict[str, str], tmp_path: Path, by: str
+    ) -> None:
         slow = settings("interrupted", rows=2000, adapter__schedule__epochs=500, adapter__schedule__patience=500)
         path = tmp_path / "slow.yaml"
         path.write_text(yaml.safe_dump(slow.model_dump(mode="json")))
-        command = [sys.executable, "-m", "flows.retrain", "--config", str(path)]
         flow = subprocess.Popen(
-            command, env={**os.environ, **servers}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [sys.executable, "-m", "flows.retrain", "--config", str(path)],
+            env={**os.environ, **servers},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         found: list[psutil.Process] = []
         while len(found) < 2 and flow.poll() is None:
@@ -159,7 +167,10 @@ class TestInterrupted:
             found = [
                 each for each in psutil.Process(flow.pid).children() if "components.training.job" in each.cmdline()
             ]
-        flow.send_signal(signal.SIGTERM)
+        if by == "Ctrl-C":
+            os.killpg(flow.pid, signal.SIGINT)  # a terminal tells everyone
+        else:
+            flow.send_signal(signal.SIGTERM)
         _, errors = flow.communicate(timeout=60)
-        assert flow.returncode == 130, errors
+        assert (flow.returncode, errors) == (130, f"{INTERRUPTED}\n")
         assert not [each for each in found if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
