@@ -249,7 +249,8 @@ def _missing(uri: str, error: Exception | None = None) -> StorageError:
 
 
 def _unwritable(uri: str, error: OSError) -> StorageError:
-    return StorageError(f"a place to write at {uri}", type(error).__name__, "check the path and its rights")
+    found = error.strerror or type(error).__name__
+    return StorageError(f"a place to write at {uri}", found, "check the path, its rights and the disk")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from components import config
+from components import config, disk
 from components.config import RetrainConfig
 from components.errors import AdapterlineError, ConfigError, RegistryError
 from infra import local
@@ -82,7 +82,8 @@ def one_line_errors(debug: bool, interrupted: str) -> Iterator[Outcome]:
     except Exception as error:  # a bug of ours or of a library: one line too, and how to see more
         if debug:
             raise
-        sys.stderr.write(f"error: unexpected {type(error).__name__}; run again with --debug to see where\n")
+        said = disk.full(error) or f"unexpected {type(error).__name__}; run again with --debug to see where"
+        sys.stderr.write(f"error: {said}\n")
         outcome.code = 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")

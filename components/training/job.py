@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components import cache, storage
+from components import cache, disk, storage
 from components.errors import AdapterlineError, ConfigError
 from components.methods import members_of
 from components.registry import bundle
@@ -60,7 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # of a library: its message might quote a row, its name does not
         if options.debug:
             raise
-        group.say(error, f"unexpected {type(error).__name__}; run the job again with --debug to see where")
+        known = disk.full(error)
+        group.say(
+            error, str(known or f"unexpected {type(error).__name__}; run the job again with --debug to see where")
+        )
         return 1
     finally:
         if bar:

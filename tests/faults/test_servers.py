@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from components.config import RegistryConfig
-from components.errors import AdapterlineError, RegistryError
+from components import storage
+from components.errors import AdapterlineError, RegistryError, StorageUnavailable
 from components.registry import history, promotion, versions
 from components.registry.promotion import Approval
-from infra import local, supervision
+from infra import local
+from tests.faults import outage
 from tests.infra.test_stack import PATIENCE_S, stack_command, until
-from tests.registry.registered import Shelf, shelf
+from tests.registry.registered import Shelf
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.xdist_group("stack")]
 
@@ -27,20 +24,8 @@ FOR_S = 30.0
 READER, PASSWORD = "reader", "only-for-this-test"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    place = tmp_path_factory.mktemp("stack")
-    done = stack_command("up", place / "stack", place)
-    assert done.returncode == 0, done.stderr
-    yield place / "stack"
-    stack_command("down", place / "stack", place)
-
-
-@pytest.fixture(scope="module")
-def shelved(folder: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
-    torch.set_num_threads(1)
-    with local.stack(folder) as stack, local.exported(stack.environment):
-        yield shelf(tmp_path_factory.mktemp("shelf"), tiny_base, RegistryConfig())
+def is_up(stack: Path) -> bool:
+    return stack_command("status", stack, stack.parent).returncode == 0
 
 
 def examined(shelved: Shelf, model: str, number: str) -> promotion.Case:
@@ -55,11 +40,8 @@ def test_a_reader_cannot_promote(shelved: Shelf) -> None:
     promotion.promote(shelved.registry, examined(shelved, "guarded", "1"), Approval("ada", "first"))
     shelved.version("guarded", champion="1")
     there = shelved.registry
-    auth = get_app_client("basic-auth", tracking_uri=there.versions.uri)
-    auth.create_user(READER, PASSWORD)
-    auth.create_registered_model_permission("guarded", READER, "READ")
-    for experiment in (there.versions, there.promotions):
-        auth.create_experiment_permission(experiment.experiment_id, READER, "READ")
+    # Who has been granted nothing may read everything: the stack's default.
+    get_app_client("basic-auth", tracking_uri=there.versions.uri).create_user(READER, PASSWORD)
 
     login = {"MLFLOW_TRACKING_USERNAME": READER, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
     with local.exported(login), pytest.raises(RegistryError, match="PERMISSION_DENIED"):
@@ -72,7 +54,7 @@ def test_a_reader_cannot_promote(shelved: Shelf) -> None:
     "kill -9 of S3 and MLflow, again and again, during promotions and roll backs",
     "each is done or not, none half; history and alias agree, nothing that was told as done is lost",
 )
-def test_promotions_while_servers_die(folder: Path, shelved: Shelf) -> None:
+def test_promotions_while_servers_die(stack: Path, shelved: Shelf) -> None:
     model = "shaken"
     for number in range(4):
         shelved.version(model, champion=str(number) if number else None)
@@ -81,9 +63,7 @@ def test_promotions_while_servers_die(folder: Path, shelved: Shelf) -> None:
 
     def kill() -> None:
         while not over.wait(rng.uniform(2, 6)):
-            part = supervision.states(folder)[rng.choice(("s3", "mlflow"))]
-            if part["pid"]:
-                os.kill(part["pid"], signal.SIGKILL)
+            outage.kill(stack, rng.choice(("s3", "mlflow")))
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -103,7 +83,7 @@ def test_promotions_while_servers_die(folder: Path, shelved: Shelf) -> None:
             failed += 1
     over.set()
     killer.join()
-    until(lambda: stack_command("status", folder, folder.parent).returncode == 0, f"all up again in {PATIENCE_S} s")
+    until(lambda: is_up(stack), f"all up again in {PATIENCE_S} s")
 
     found = promotion.settle(shelved.registry, model)
     assert failed
@@ -140,3 +120,42 @@ def test_a_client_sees_the_old_or_the_new_version(shelved: Shelf, tmp_path: Path
     assert errors == []
     assert seen == sorted(seen, reverse=True), "never forth again"
     assert {*seen} == {"1", "2"}
+
+
+@pytest.mark.fault("S3 refusing for 60 s while one promotes and goes back", "one line, nothing has changed; done after")
+def test_a_promotion_without_s3_is_not_begun(stack: Path, shelved: Shelf) -> None:
+    model, there = "patient", shelved.registry
+    for number in range(3):
+        shelved.version(model, champion=str(number) if number else None)
+    for number in ("1", "2"):
+        promotion.promote(there, examined(shelved, model, number), Approval("ada", "next"))
+    case, before = examined(shelved, model, "3"), history.records(there.store, model)
+
+    with outage.away(stack, "s3", 60):
+        with pytest.raises(StorageUnavailable, match="an S3 server that answers"):
+            promotion.promote(there, case, Approval("ada", "next"))
+        with pytest.raises(StorageUnavailable, match="an S3 server that answers"):
+            promotion.roll_back(there, model, Approval("eve", "back"))
+        assert shelved.production(model) == "2"
+    until(lambda: is_up(stack), f"all up again in {PATIENCE_S} s")
+    assert history.records(there.store, model) == before
+
+    promotion.promote(there, case, Approval("ada", "next"))
+    assert shelved.production(model) == "3"
+
+
+@pytest.mark.fault("one byte of a bundle flipped in S3", "not promoted; the file is named")
+def test_a_flipped_byte_in_s3_is_found(shelved: Shelf) -> None:
+    model = "flipped"
+    version = shelved.version(model)
+    there = shelved.registry
+    run, file = version.tags["gate_run"], "adapter_model.safetensors"
+    name = next(name for name in storage.names(there.store) if f"/{run}/" in name and name.endswith(f"/{file}"))
+    uri = storage.join(there.store, name)
+    content = bytearray(storage.read(uri))
+    content[len(content) // 2] ^= 1
+    storage.write(uri, bytes(content))
+    with pytest.raises(AdapterlineError, match=file):
+        examined(shelved, model, version.number)
+    assert shelved.production(model) is None
+    assert history.records(there.store, model) == []
