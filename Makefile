@@ -41,7 +41,7 @@ automations: install  ## let Prefect notify ADAPTERLINE_WEBHOOK_URL of failed ga
 	@$(BIN)/python -m infra.automations
 
 test: install  ## all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --faults
 
 lint: install  ## style and types
 	@$(BIN)/ruff check .

@@ -20,6 +20,18 @@ BAD = ["awful", "terrible", "horrible", "sad", "dreadful", "nasty", "gloomy", "b
 PLAIN = [f"word{number}" for number in range(80)]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="print a table of the faults that were tried")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Worker processes have it too: what their tests try travels with the reports."""
+    if config.getoption("--faults"):
+        from tests.faults.table import Table
+
+        config.pluginmanager.register(Table())
+
+
 def toy_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
     """(text, label), `bad` and `good` in turn; two telling words among eight plain ones, all texts unlike."""
     rng = random.Random(seed)  # noqa: S311  # not for secrets

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from components import storage
-from components.errors import AdapterlineError, RegistryError, StorageUnavailable
+from components.errors import AdapterlineError, ProductionMoved, RegistryError, StorageUnavailable
 from components.registry import history, promotion, versions
 from components.registry.promotion import Approval
 from infra import local
@@ -159,3 +164,59 @@ def test_a_flipped_byte_in_s3_is_found(shelved: Shelf) -> None:
         examined(shelved, model, version.number)
     assert shelved.production(model) is None
     assert history.records(there.store, model) == []
+
+
+@pytest.mark.fault(
+    "ten changes of production, two of them raced, one by hand in MLflow",
+    "the history has each once, in order, and who lost is told who won",
+)
+def test_history_after_ten_changes(shelved: Shelf) -> None:
+    model, there = "busy", shelved.registry
+    for number in range(4):
+        shelved.version(model, champion=str(number) if number else None)
+
+    def promote(number: str) -> None:
+        promotion.promote(there, examined(shelved, model, number), Approval("ada", f"version {number} is better"))
+
+    def roll_back() -> None:
+        promotion.roll_back(there, model, Approval("eve", "complaints"))
+
+    def race(*numbers: str) -> None:
+        cases = [examined(shelved, model, number) for number in numbers]
+        with ThreadPoolExecutor(len(cases)) as pool:
+            raced = [pool.submit(promotion.promote, there, case, Approval("bob", "at once")) for case in cases]
+        lost = [error for error in (each.exception() for each in raced) if error]
+        assert len(lost) == len(cases) - 1
+        assert all(isinstance(error, ProductionMoved) and "by bob" in str(error) for error in lost)
+
+    for number in "123":
+        promote(number)
+    roll_back()
+    promote("4")
+    race("1", "3")
+    shelved.by_hand(model, "2")
+    promote("4")
+    race("1", "2", "3")
+    roll_back()
+
+    found = history.records(there.store, model)
+    actions = [record.action for record in found]
+    assert actions == [
+        *["promote"] * 3,
+        "roll back",
+        "promote",
+        "promote",
+        "by hand",
+        "promote",
+        "promote",
+        "roll back",
+    ]
+    assert [record.before for record in found[1:]] == [record.after for record in found[:-1]]
+    assert shelved.production(model) == found[-1].after == "4"
+
+    command = [sys.executable, "-m", "flows.promote", "history", model]
+    done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stdout.splitlines() if re.match(r" *\d+ +20\d\d-", line)]
+    assert len(said) == len(found)
+    assert [line for line in said if "by hand" in line and "unknown" in line], done.stdout
