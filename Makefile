@@ -10,7 +10,7 @@ FOLDERS = $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find
 WHEELS = $(firstword $(foreach folder,$(FOLDERS),$(if $(wildcard $(folder)/torch-2.13*),$(folder))))
 TORCH_SOURCE = $(if $(WHEELS),--find-links "$(WHEELS)",--torch-backend=$(or $(UV_TORCH_BACKEND),auto))
 
-.PHONY: help install demo up down status automations test lint mlflow image lock clean
+.PHONY: help install demo up down status automations test test-all lint mlflow image lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -40,7 +40,10 @@ status: install  ## what of it is up
 automations: install  ## let Prefect notify ADAPTERLINE_WEBHOOK_URL of failed gates and crashes
 	@$(BIN)/python -m infra.automations
 
-test: install  ## all tests
+test: install  ## the tests, but those that take minutes each
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup --faults -m "not long"
+
+test-all: install  ## all tests
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup --faults
 
 lint: install  ## style and types

@@ -82,12 +82,28 @@ def one_line_errors(debug: bool, interrupted: str) -> Iterator[Outcome]:
     except Exception as error:  # a bug of ours or of a library: one line too, and how to see more
         if debug:
             raise
-        said = disk.full(error) or f"unexpected {type(error).__name__}; run again with --debug to see where"
+        said = (
+            disk.full(error)
+            or _away(error)
+            or f"unexpected {type(error).__name__}; run again with --debug to see where"
+        )
         sys.stderr.write(f"error: {said}\n")
         outcome.code = 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")
         outcome.code = 130
+
+
+def _away(error: Exception) -> AdapterlineError | None:
+    """What to say of the one server whose clients are not ours."""
+    import httpx
+    from prefect.settings import get_current_settings
+
+    if not isinstance(error, httpx.TransportError) and "Failed to reach API" not in str(error):
+        return None
+    url = get_current_settings().api.url or "its temporary address"
+    todo = "start it, or correct PREFECT_API_URL; then run the same again: what is done is kept"
+    return AdapterlineError(f"a Prefect server at {url}", "no answer", todo)
 
 
 def _add_upgrade(parser: argparse.ArgumentParser, what: Any) -> None:

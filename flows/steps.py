@@ -199,7 +199,7 @@ def split(config: RetrainConfig, rows_: Rows, run: Run) -> Record:
     return record
 
 
-@task(**RETRIED, name="register")
+@task(**{**RETRIED, "retries": 3, "retry_delay_seconds": [10, 30, 60]}, name="register")
 def register(config: RetrainConfig, plan: Plan, split: Record, adapter: Trained, judged: Judged, run: Run) -> Version:
     """Make the bundle the next version and the candidate, once a fresh process has reproduced its predictions."""
     tags = {

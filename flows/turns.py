@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 from collections.abc import Iterator
 
+import httpx
 from prefect import get_client
 from prefect.client.base import ServerType
 from prefect.client.orchestration import SyncPrefectClient
@@ -20,17 +22,27 @@ from components.errors import ModelBusy
 # Who was killed holds a slot for no longer than this, s.
 LEASE_S = 60
 
+log = logging.getLogger("adapterline")
+
 
 @contextlib.contextmanager
 def turn(limit: str, max_retries: int | None = None) -> Iterator[None]:
     """One slot of a global concurrency limit, for the length of the block; waits for it unless told otherwise.
 
-    A server that restarts meanwhile does not end the block.
+    A server that restarts meanwhile does not end the block, nor does one that is away at its end make a failure of it.
     """
-    with concurrency(
+    slot = concurrency(
         limit, max_retries=max_retries, lease_duration=LEASE_S, strict=True, raise_on_lease_renewal_failure=False
-    ):
+    )
+    held = contextlib.ExitStack()
+    held.enter_context(slot)
+    try:
         yield
+    finally:
+        try:
+            held.close()
+        except httpx.TransportError:
+            log.warning("warning   %s could not be given back to Prefect: it is free in %d s", limit, LEASE_S)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from tests.faults.felling import ITSELF, POINTS
 from tests.flows.conftest import settings_in
 from tests.infra.test_stack import PATIENCE_S
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.xdist_group("stack")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.long, pytest.mark.xdist_group("stack")]
 
 MODEL = "felled"
 Configured = Callable[[str], str]
