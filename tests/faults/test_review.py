@@ -16,7 +16,7 @@ from components.registry.promotion import Approval
 from infra import credentials, health, supervision
 from tests.faults import outage
 from tests.flows.deployed import HOME
-from tests.infra.test_stack import PATIENCE_S, until
+from tests.infra.test_stack import PATIENCE_S
 from tests.registry.registered import Shelf
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.xdist_group("stack")]
@@ -30,12 +30,14 @@ class Prefect:
         self.login = credentials.read(stack)["PREFECT_API_AUTH_STRING"]
 
     def ask(self, path: str, body: object = None) -> Any:
-        status, content = health.ask(self.port, f"/api/{path}", self.login, body)
+        """Again while it does not answer, or says that its database is not ready."""
+        deadline = time.monotonic() + PATIENCE_S
+        while (answer := health.ask(self.port, f"/api/{path}", self.login, body))[0] in (0, 503):
+            assert time.monotonic() < deadline, path
+            time.sleep(1)
+        status, content = answer
         assert status in (200, 201), (path, status, content)
         return content
-
-    def answers(self) -> bool:
-        return health.prefect(self.port, {"PREFECT_API_AUTH_STRING": self.login})
 
     def until(self, run: str, *states: str) -> None:
         deadline = time.monotonic() + 2 * PATIENCE_S
@@ -62,7 +64,6 @@ def test_a_review_outlives_the_server(stack: Path, shelved: Shelf) -> None:
 
     outage.kill(stack, "worker-local")
     outage.kill(stack, "prefect")
-    until(prefect.answers, "the server answers again")
     assert shelved.production(model) == "1"
     form = {"reviewer": "eve", "decision": "approve", "comment": "looks good"}
     prefect.ask(f"flow_runs/{run}/resume", {"run_input": form})
