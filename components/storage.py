@@ -10,7 +10,7 @@ import functools
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,9 @@ UNFINISHED = ".unfinished-"
 
 @dataclass(frozen=True)
 class Entry:
-    """One object or file, unread. Another content has another size (bytes) or mark. modified: when, s since 1970."""
+    """One object or file, unread. Written again, it has another mark, be the content the same. size: bytes.
+    modified: when, s since 1970.
+    """
 
     name: str
     size: int
@@ -105,7 +107,7 @@ def find(uri: str) -> Entry | None:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
                 return None
             raise
-    return Entry(key.rsplit("/", 1)[-1], found["ContentLength"], found["ETag"], found["LastModified"].timestamp())
+    return _object(key.rsplit("/", 1)[-1], found["ContentLength"], found)
 
 
 def names(uri: str) -> list[str]:
@@ -124,10 +126,7 @@ def listing(uri: str) -> list[Entry]:
     with translated(uri):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         objects = [item for page in pages for item in page.get("Contents", [])]
-    entries = (
-        Entry(item["Key"].removeprefix(prefix), item["Size"], item["ETag"], item["LastModified"].timestamp())
-        for item in objects
-    )
+    entries = (_object(item["Key"].removeprefix(prefix), item["Size"], item) for item in objects)
     return sorted(entries, key=lambda entry: entry.name)
 
 
@@ -191,6 +190,12 @@ def remove(uri: str) -> None:
     bucket, key = parts(uri)
     with translated(uri):
         client().delete_object(Bucket=bucket, Key=key)
+
+
+def _object(name: str, size: int, found: Mapping[str, Any]) -> Entry:
+    """An answer about one has its time in whole seconds, a listing may have more."""
+    modified = found["LastModified"].timestamp()
+    return Entry(name, size, f"{found['ETag']} {int(modified)}", modified)
 
 
 def _entry(path: Path, name: str) -> Entry | None:

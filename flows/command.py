@@ -48,7 +48,7 @@ def main(
     options = parser.parse_args(arguments)
     listen(options.debug)
     local.interrupt_on_sigterm()
-    with one_line_errors(options.debug, INTERRUPTED) as outcome:
+    with one_line_errors(options.debug, INTERRUPTED) as ending:
         if upgrade and _is_upgrade(options):
             with servers(), _prefect(), _terminal():
                 upgrade(options.base, options.all_from, options.standing_on, _overrides(options.set), options.list)
@@ -57,41 +57,42 @@ def main(
         settings = read(options.preset or options.config, _overrides(options.set))
         with servers() as stack, _prefect(), _terminal():
             _closing(settings, flow(settings), stack)
-    return outcome.code
+    return ending.code
 
 
 @dataclass
-class Outcome:
+class Ending:
     """The exit code of a command."""
 
     code: int = 0
 
 
 @contextlib.contextmanager
-def one_line_errors(debug: bool, interrupted: str) -> Iterator[Outcome]:
+def one_line_errors(debug: bool, interrupted: str) -> Iterator[Ending]:
     """Whatever goes wrong becomes one line on standard error, and an exit code."""
-    outcome = Outcome()
+    ending = Ending()
     try:
-        yield outcome
+        yield ending
     except (AdapterlineError, local.StackError) as error:
         if debug:
             raise
         sys.stdout.flush()
         sys.stderr.write(f"error: {error}\n")
-        outcome.code = error.exit_code if isinstance(error, AdapterlineError) else 1
+        ending.code = error.exit_code if isinstance(error, AdapterlineError) else 1
     except Exception as error:  # a bug of ours or of a library: one line too, and how to see more
         if debug:
             raise
-        said = (
-            disk.full(error)
-            or _away(error)
-            or f"unexpected {type(error).__name__}; run again with --debug to see where"
-        )
-        sys.stderr.write(f"error: {said}\n")
-        outcome.code = 1
+        sys.stderr.write(f"error: {in_one_line(error)}\n")
+        ending.code = 1
     except KeyboardInterrupt:
         sys.stderr.write(f"{interrupted}\n")
-        outcome.code = 130
+        ending.code = 130
+
+
+def in_one_line(error: Exception) -> str:
+    """What to say of any error. A library's own words may quote a row, its name does not."""
+    known = error if isinstance(error, AdapterlineError) else disk.full(error) or _away(error)
+    return str(known or f"unexpected {type(error).__name__}; run again with --debug to see where")
 
 
 def _away(error: Exception) -> AdapterlineError | None:

@@ -16,8 +16,8 @@ from components.data import ledger
 from components.data.ledger import Record
 from components.errors import ConfigError, DataError
 from components.methods import Member
+from components.registry import claim, tracking, versions
 from components.registry import members as bundles
-from components.registry import tracking, versions
 from flows import screen, steps
 from flows.values import Run, Trained
 
@@ -33,6 +33,7 @@ def members(config: RetrainConfig) -> tuple[Member, ...]:
     if fusion is None:
         raise ConfigError("adapter.method: fusion", config.adapter.method, "run flows.retrain with these parameters")
     connection = tracking.connect(config.registry)
+    claim.make(connection, config.registry.store)
     found = tuple(versions.member(connection, reference, config.registry.store) for reference in fusion.members)
     twice = [str(member) for index, member in enumerate(found) if member.digest in {m.digest for m in found[:index]}]
     if twice:

@@ -24,13 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(given)
     command.listen(options.debug)
     local.interrupt_on_sigterm()
-    with command.one_line_errors(options.debug, "interrupted: the next command finishes or undoes it") as outcome:
+    with command.one_line_errors(options.debug, "interrupted: the next command finishes or undoes it") as ending:
         from components.registry import promotion
 
         with command.servers():
             registry = promotion.connect(RegistryConfig(store=options.store))
             {"promote": _promote, "rollback": _roll_back, "history": _history}[options.action](registry, options)
-    return outcome.code
+    return ending.code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,15 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefect import task
-from prefect.artifacts import (
-    create_link_artifact,
-)
+from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 
-from components import base_model, digest, storage
+from components import base_model, cache, digest, storage
 from components.config import RetrainConfig
 from components.data import expectations, ledger, rows, sources
 from components.data.ledger import Record
@@ -28,9 +26,6 @@ from components.registry import claim, registration, standing, tracking, version
 from components.registry.versions import Version
 from flows import jobs, saved, screen
 from flows.values import Judged, Plan, Rows, Run, Trained
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("adapterline")
 
@@ -84,7 +79,7 @@ def up_to_date(config: RetrainConfig, plan: Plan, rows: Rows) -> Version | None:
     """The version that an equal run already made and that still stands, if there is one. From here on the store knows
     which MLflow may refer to what lies in it."""
     connection = tracking.connect(config.registry)
-    claim.make(connection, config.registry.store)
+    claim.make(connection, config.registry.store, config.compute.workspace, str(cache.folder()))
     found = versions.answering(connection, config.model, plan.digest)
     if found and isinstance(rows.kept, Record) and found.tags.get("split_digest") != rows.kept.split_digest:
         return None  # the same rows, parted otherwise
@@ -128,6 +123,8 @@ def recorded(config: RetrainConfig, rows: Rows, plan: Plan) -> Iterator[Run]:
     }
     reports = Path(config.compute.workspace) / "reports" / plan.digest[:16]
     reports.mkdir(parents=True, exist_ok=True)
+    for left in reports.iterdir():
+        left.touch()  # in use again, as `tidy` sees it
     name = f"{'fuse' if config.adapter.fusion else 'retrain'} {config.model}"
     run = Run(connection, tracking.start(connection, name, tags), reports, config.registry.store)
     try:

@@ -30,6 +30,7 @@ from flows.command import one_line_errors, servers
 from infra import local
 
 DAY_S = 86_400
+SHORTEST = 0.1
 PAGE = 200
 
 
@@ -48,10 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(given)
     local.interrupt_on_sigterm()
-    with one_line_errors(options.debug, "interrupted: run the same command again to go on") as outcome, servers():
+    with one_line_errors(options.debug, "interrupted: run the same command again to go on") as ending, servers():
         if tidy(options) and not options.delete:
             print(f"to remove these: {shlex.join(['python', '-m', 'flows.tidy', *given, '--delete'])}")
-    return outcome.code
+    return ending.code
 
 
 def tidy(options: argparse.Namespace) -> int:
@@ -150,8 +151,8 @@ def _age(seconds: float) -> str:
 
 def _days(text: str) -> float:
     days = float(text)
-    if not 0 <= days < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of days; found {text}")
+    if not SHORTEST <= days < float("inf"):  # what runs has to have had the time to say what it needs
+        raise argparse.ArgumentTypeError(f"expected a number of days, at least {SHORTEST:g}; found {text}")
     return days
 
 

@@ -27,7 +27,8 @@ SHOWN = {"method", "settings", "schedule", "training", "seed"}
 def train(spec: JobSpec, compute: ComputeConfig, run: Run) -> Trained:
     """Run one job, or take its bundle when it is there already."""
     out = job_folder(spec, compute)
-    reused = bundle.is_complete(out)
+    if reused := bundle.is_complete(out):
+        (out / bundle.MANIFEST).touch()  # in use again, as `tidy` sees it
     role = "baseline" if spec.method == "full" else "adapter"
     run_id = tracking.start(run.tracking, f"{role} {spec.method}", {"role": role, "job_digest": spec.digest}, run.id)
     try:

@@ -34,7 +34,7 @@ from components.errors import AdapterlineError, ConfigError
 from components.registry import standing, tracking, versions
 from components.registry.tracking import Tracking
 from components.registry.versions import Version
-from flows import composition, jobs, outcomes, steps, training
+from flows import command, composition, jobs, outcomes, steps, training
 from flows.fuse import fuse
 from flows.outcomes import Against, Outcome, Prospect
 from flows.retrain import retrain
@@ -193,11 +193,9 @@ def _retrained(connection: Tracking, old: Version, config: RetrainConfig) -> Out
     state: Any = run(config, saved_split=old.tags["split_digest"], return_state=True)
     answer = state.result(raise_on_failure=False)
     if not isinstance(answer, str):
-        known = isinstance(answer, AdapterlineError)
-        reason = str(answer) if known else f"unexpected {type(answer).__name__}; run again with --debug to see where"
         came = outcomes.without_version(answer)
         against = None if came == "error" else _against(connection, old, None, config)
-        return Outcome(old, came, None, against, reason)
+        return Outcome(old, came, None, against, command.in_one_line(answer))
     new = versions.find(connection, answer.removeprefix("models:/"))
     return Outcome(old, "up to date" if answer in stood else "registered", new, _against(connection, old, new, config))
 

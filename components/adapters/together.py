@@ -18,9 +18,10 @@ from components.errors import ConfigError
 def answers(model: Any, names: Sequence[str], **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
     """Logits by adapter, or last hidden states of a model without a head; each row equals that of the adapter alone.
 
-    model: a PEFT model of BOTTLENECK adapters in eval mode.  inputs: of one batch, (batch, ...) each. The adapters may
-    have heads of different sizes. Raises ConfigError for unknown adapters, for those
-    with prefixes, and for encoder-decoder models.
+    model: a PEFT model of BOTTLENECK adapters in eval mode, whose heads may be of different sizes.  inputs: of one
+    batch, (batch, ...) each.
+
+    Raises ConfigError for unknown adapters, for those with prefixes, and for encoder-decoder models.
     """
     unknown = [name for name in names if name not in model.peft_config]
     if unknown or not names:

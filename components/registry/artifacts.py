@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from components import storage
-from components.errors import StorageError
+from components.errors import StorageError, StorageUnavailable
 from components.registry import bundle, garbage, inventory, references
 from components.registry.garbage import Thing
 from components.registry.references import Registry
@@ -28,15 +28,15 @@ MANIFEST = re.compile(rf"/artifacts/artifacts/[^/]+/{re.escape(bundle.MANIFEST)}
 
 
 def things(root: str, entries: Sequence[Entry], registry: Registry, uri: str) -> list[Thing]:
-    """The runs' and models' artifacts below `root` that are this MLflow's. entries: what lies there.
+    """The runs' and models' artifacts below `root` of the experiments in `registry`. entries: what lies there.
 
-    What lies beside them, in places that this MLflow does not know, is somebody else's, and not among them.
+    What lies beside them, in places of other experiments, is somebody else's, and not among them.
     """
     ours = places(root, registry)
     found = []
     for name, files in inventory.grouped(entries, ARTIFACTS).items():
         match = ARTIFACTS.match(files[0].name)
-        if match is None or not _is_ours(match[2] or "", ours):
+        if match is None or (match[2] or "") not in ours:
             continue
         place = storage.join(root, name)
         thing = Thing("run", place, root, files, inventory.newest(files))
@@ -45,7 +45,7 @@ def things(root: str, entries: Sequence[Entry], registry: Registry, uri: str) ->
 
 
 def places(root: str, registry: Registry) -> set[str]:
-    """Where below `root` this MLflow's experiments keep their artifacts: `` for right there, or a number."""
+    """Where below `root` the experiments keep their artifacts: `` for right there, or a number."""
     found: set[str | None] = set()
     for experiment in registry.experiments:
         location = urlsplit(experiment.location)
@@ -66,16 +66,13 @@ def _below(root: str, location: str) -> str | None:
     return location.removeprefix(f"{root}/") if location.startswith(f"{root}/") else None
 
 
-def _is_ours(place: str, ours: set[str]) -> bool:
-    """An experiment that MLflow has forgotten had a lower number than one that it knows in the same root."""
-    numbers = [int(each) for each in ours if each]
-    return place in ours or bool(place and numbers and int(place) < max(numbers))
-
-
 def _of_run(thing: Thing, run: str, registry: Registry, uri: str) -> Thing:
     key = f"run:{run}"
     thing = replace(thing, keys=frozenset({key}))
-    return thing if run in registry.runs else replace(thing, why="MLflow has forgotten its run", held=_gone(key, uri))
+    if (known := registry.runs.get(run)) is None:
+        return replace(thing, why="MLflow has forgotten its run", held=_gone(key, uri))
+    ours = {experiment.id for experiment in registry.experiments}
+    return thing if known.experiment in ours else replace(thing, held="it is not ours")
 
 
 def _gone(key: str, uri: str) -> str:
@@ -95,6 +92,8 @@ def _model(thing: Thing, model: str, registry: Registry, uri: str) -> Thing:
         return replace(thing, held="it is not ours") if there else thing
     try:
         manifest, refers = inventory.described(storage.join(thing.base, manifests[0]))
+    except StorageUnavailable:
+        raise
     except (ValueError, StorageError):
         return replace(thing, held=garbage.UNREAD)
     return replace(thing, keys=thing.keys | {f"recorded:{manifest.digest}"}, refers=refers)

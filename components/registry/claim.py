@@ -1,6 +1,6 @@
-"""Which MLflows register in a store: STORE/registries/DIGEST.json, written before the first thing that one leaves.
+"""Which MLflows use a place, be it a store, a workspace or a cache: PLACE/registries/DIGEST.json, written first.
 
-What one MLflow knows nothing of may be another's. So `tidy` asks the one that the store belongs to, or nobody.
+What one MLflow knows nothing of may be another's. So `tidy` asks the one that a place belongs to, or nobody.
 """
 
 from __future__ import annotations
@@ -15,22 +15,32 @@ from components.registry.tracking import Tracking, calls
 FOLDER = "registries"
 
 
-def make(tracking: Tracking, store: str) -> None:
-    """Have the store know that this MLflow registers there."""
+def make(tracking: Tracking, *places: str) -> None:
+    """Have the places know that this experiment of this MLflow uses them."""
     with calls(tracking.uri):
         found = tracking.client.get_experiment(tracking.experiment_id)
     experiment = Experiment(found.experiment_id, found.name, found.artifact_location, int(found.creation_time or 0))
-    uri = _place(store, experiment)
-    if not storage.exists(uri):
-        about = {"experiment": experiment.name, "number": experiment.id, "created_ms": experiment.created}
-        storage.write(uri, json.dumps(about).encode(), if_absent=True)
+    about = {"experiment": experiment.name, "number": experiment.id, "created_ms": experiment.created}
+    for uri in (_file(place, experiment) for place in places):
+        if not storage.exists(uri):
+            storage.write(uri, json.dumps(about).encode(), if_absent=True)
+
+
+def claimed(registry: Registry, place: str) -> list[Experiment]:
+    """The experiments of this MLflow that use a place."""
+    there = _there(place)
+    return [experiment for experiment in registry.experiments if _file(place, experiment) in there]
+
+
+def is_sole(registry: Registry, place: str) -> bool:
+    """Does this MLflow use the place, and no other?"""
+    there = _there(place)
+    return bool(there) and there <= {_file(place, experiment) for experiment in registry.experiments}
 
 
 def require_sole(registry: Registry, store: str) -> None:
     """Raise RegistryError unless this MLflow registers in the store, and no other does."""
-    folder = storage.join(store, FOLDER)
-    ours = {_place(store, experiment) for experiment in registry.experiments}
-    there = {storage.join(folder, name) for name in storage.names(folder)}
+    ours, there = {_file(store, experiment) for experiment in registry.experiments}, _there(store)
     if not there & ours:
         raise RegistryError(
             f"the MLflow that registers in {store}",
@@ -45,6 +55,11 @@ def require_sole(registry: Registry, store: str) -> None:
         )
 
 
-def _place(store: str, experiment: Experiment) -> str:
+def _there(place: str) -> set[str]:
+    folder = storage.join(place, FOLDER)
+    return {storage.join(folder, name) for name in storage.names(folder)}
+
+
+def _file(place: str, experiment: Experiment) -> str:
     name = digest.of_json([experiment.id, experiment.created])  # its name may be changed
-    return storage.join(store, FOLDER, f"{name[:16]}.json")
+    return storage.join(place, FOLDER, f"{name[:16]}.json")

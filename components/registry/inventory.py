@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from components import base_model, digest, storage
-from components.errors import StorageError
+from components.errors import StorageError, StorageUnavailable
 from components.registry import bundle, garbage, members, uploads
 from components.registry.garbage import Thing
 from components.storage import Entry
 
-AREAS = ("bundles", "data", "frozen", "history", "jobs", "mlflow", "splits")
+# Where large files are written. In other places of S3 a broken-off upload is not ours.
+AREAS = ("bundles", "frozen", "jobs", "splits")
+RECORDS = ("data", "history")
 SHA = r"[0-9a-f]{64}"
 JOB = re.compile(r"^((?:[a-z0-9-]+-[0-9a-f]{16})|(?:[0-9a-f]{64}))(?:/.+|\.spec\.json|\.progress\.json)$")
 LEAST = re.compile(r"^(tmp[a-z0-9_]{8})(?:/.+)?$")  # as Python names temporary folders
@@ -31,12 +33,13 @@ LEAST = re.compile(r"^(tmp[a-z0-9_]{8})(?:/.+)?$")  # as Python names temporary 
 
 def of_store(store: str) -> list[Thing]:
     """What the flows left in the store, except MLflow's artifacts."""
+    areas = AREAS if storage.is_s3(store) else (*AREAS, *RECORDS)
     return [
         *_jobs(storage.join(store, "jobs")),
         *_folders(storage.join(store, members.FOLDER), SHA, "bundle"),
         *_folders(storage.join(store, "splits"), SHA, "split"),
         *_files(storage.join(store, "frozen"), rf"({SHA})\.parquet", "test rows"),
-        *(thing for area in AREAS for thing in uploads.unfinished(storage.join(store, area))),
+        *(thing for area in areas for thing in uploads.unfinished(storage.join(store, area))),
     ]
 
 
@@ -122,6 +125,8 @@ def _jobs(base: str) -> list[Thing]:
                 spec = f"{name}.spec.json"
                 refers = _needed(json.loads(storage.read(storage.join(base, spec)))) if spec in there else frozenset()
                 thing = replace(thing, why="its training was broken off, and no job goes on with it")
+        except StorageUnavailable:
+            raise
         except (ValueError, KeyError, TypeError, StorageError):  # damaged, of another release, or just changing
             thing, refers = replace(thing, held=garbage.UNREAD), frozenset()
         things.append(replace(thing, keys=frozenset(keys), refers=refers))
@@ -158,6 +163,8 @@ def _folders(base: str, name: str, kind: garbage.Kind) -> Iterator[Thing]:
         if kind == "bundle" and f"{key}/{bundle.MANIFEST}" in {file.name for file in files}:
             try:
                 thing = replace(thing, refers=described(storage.join(base, key, bundle.MANIFEST))[1])
+            except StorageUnavailable:
+                raise
             except (ValueError, StorageError):
                 thing = replace(thing, held=garbage.UNREAD)
         yield thing

@@ -35,15 +35,19 @@ class Version:
     source: str
     run_id: str
     tags: Mapping[str, str]
+    model_id: str = ""
 
     @property
     def model_ids(self) -> list[str]:
-        return MODEL_ID.findall(self.source)
+        """The logged models it may be loaded from. A copy of another version names that as its source."""
+        return [*MODEL_ID.findall(self.source), *([self.model_id] if self.model_id else [])]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that MLflow has, deleted ones too. started: s since 1970.  timeout_hours: of a flow's jobs."""
+    """A run that MLflow has, deleted ones too. started: s since 1970.  timeout_hours: of a flow's jobs.
+    experiment: its id.
+    """
 
     id: str
     deleted: bool
@@ -51,6 +55,7 @@ class Run:
     started: float
     tags: Mapping[str, str]
     timeout_hours: float | None = None
+    experiment: str = ""
 
     def lives(self, now: float) -> bool:
         if self.deleted or self.status not in ALIVE:
@@ -102,7 +107,7 @@ def ask(uri: str, models: Iterable[str] = ()) -> Registry:
         return Registry(
             [Experiment(e.experiment_id, e.name, e.artifact_location, int(e.creation_time or 0)) for e in found],
             [
-                Version(v.name, str(v.version), v.source or "", v.run_id or "", dict(v.tags))
+                Version(v.name, str(v.version), v.source or "", v.run_id or "", dict(v.tags), v.model_id or "")
                 for v in pages(client.search_model_versions)
             ],
             {run.info.run_id: _run(run) for run in runs},
@@ -120,6 +125,7 @@ def _run(run: Any) -> Run:
         (info.start_time or 0) / 1000,
         run.data.tags,
         float(hours) if hours else None,
+        info.experiment_id,
     )
 
 
@@ -169,6 +175,7 @@ def _of_version(version: Version) -> set[str]:
     tags = version.tags
     named = {
         "bundle": tags.get("bundle_digest"),
+        "recorded": tags.get("bundle_digest"),
         "split": tags.get("split_digest"),
         "rows": tags.get("data_digest"),
         "base": tags.get("base_weights_sha256"),

@@ -18,7 +18,16 @@ import numpy as np
 from components.errors import RegistryError
 from components.registry import bundle
 from components.registry.tracking import Tracking, calls, load_mlflow
-from components.registry.versions import CANDIDATE, CODE, RUN_DIGEST, Version, artifact_uri, score, with_alias
+from components.registry.versions import (
+    CANDIDATE,
+    CODE,
+    RUN_DIGEST,
+    Version,
+    artifact_uri,
+    score,
+    tagged,
+    with_alias,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +50,9 @@ def register(
     """
     mlflow = load_mlflow(tracking.uri)
     earlier = with_alias(tracking, name, CANDIDATE)
+    if (left := _left_proven(tracking, name, tags, earlier)) is not None:
+        _make_candidate(tracking, left)
+        return left
     with calls(tracking.uri):
         _tidy(tracking, name, tags.get(RUN_DIGEST, ""))
         with mlflow.start_run(run_id=run_id), warnings.catch_warnings():
@@ -68,13 +80,31 @@ def register(
         with calls(tracking.uri):
             uri = artifact_uri(tracking, name, version.number)
             size = _measure(uri)
-            for key, value in {"state": "proven", "bytes": str(size)}.items():
+            for key, value in {"bytes": str(size), "state": "proven"}.items():
                 tracking.client.set_model_version_tag(name, version.number, key, value)
-            tracking.client.set_registered_model_alias(name, CANDIDATE, version.number)
+        _make_candidate(tracking, version)
     except BaseException:
         _take_back(tracking, version, earlier)
         raise
     return Version(name, version.number, uri, size, {**tags, "state": "proven"})
+
+
+def _make_candidate(tracking: Tracking, version: Version) -> None:
+    with calls(tracking.uri):
+        tracking.client.set_registered_model_alias(version.name, CANDIDATE, version.number)
+
+
+def _left_proven(tracking: Tracking, name: str, tags: Mapping[str, str], earlier: Version | None) -> Version | None:
+    """The version of this very run and bundle to which an earlier attempt that was killed only did not move the alias.
+
+    Newer than the candidate: an older one had its turn.
+    """
+    newer_than = int(earlier.number) if earlier else 0
+    for found in tagged(tracking, name, RUN_DIGEST):
+        same = all(found.tags.get(key) == tags.get(key) for key in (RUN_DIGEST, "bundle_digest"))
+        if same and found.tags.get("state") == "proven" and int(found.number) > newer_than:
+            return found
+    return None
 
 
 def _take_back(tracking: Tracking, version: Version, earlier: Version | None) -> None:

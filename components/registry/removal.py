@@ -47,10 +47,11 @@ def _held(thing: Thing) -> Iterator[bool]:
     if thing.kind != "job" or storage.is_s3(thing.base):
         yield True
         return
-    with Path(f"{thing.place}.lock").open("w") as lock:
+    with contextlib.ExitStack() as held:
         try:
+            lock = held.enter_context(Path(f"{thing.place}.lock").open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError:  # held, or another user's
             yield False
             return
         yield True

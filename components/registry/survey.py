@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from components import storage
@@ -40,17 +40,24 @@ def survey(places: Places, tracking_uri: str, running: Collection[str] | None, n
     Raises AdapterlineError when somebody does not answer who must be asked.
     """
     storage.require(places.store)
-    things = [
-        *inventory.of_store(places.store),
-        *inventory.of_workspace(places.workspace),
-        *inventory.of_cache(places.cache),
-    ]
+    things = inventory.of_store(places.store)
+    shared = {
+        str(places.workspace): inventory.of_workspace(places.workspace),
+        str(places.cache): inventory.of_cache(places.cache),
+    }
     entries = inventory.listing(places.artifacts)
     data, promoted = references.accepted(places.store), references.promotions(places.store)
     registry = references.ask(tracking_uri, sorted({*data, *promoted}))
-    if things or entries:
+    if things or entries or any(shared.values()):
         claim.require_sole(registry, places.store)
-    things += artifacts.things(places.artifacts, entries, registry, tracking_uri)
+    notes = []
+    for place, found in shared.items():
+        if claim.is_sole(registry, place):
+            things += found
+        elif found:
+            notes.append(f"{place} is used by another MLflow too, or not since this release: all there stays")
+    ours = replace(registry, experiments=claim.claimed(registry, places.store))
+    things += artifacts.things(places.artifacts, entries, ours, tracking_uri)
     roots = references.roots(registry, data.values(), promoted.values(), now) | frozenset(running or ())
     spared: dict[Kind, str] = {}
     if running is None:
@@ -58,9 +65,12 @@ def survey(places: Places, tracking_uri: str, running: Collection[str] | None, n
     if blind := artifacts.unread(things, registry):
         names = ", ".join(f"{version.name}/{version.number}" for version in blind[:3])
         spared["bundle"] = f"the bundle of {names} could not be read: all bundles that fusions stand on stay"
-    found = garbage.leftovers(things, roots, now - grace, spared)
-    rest = [thing for thing in things if thing not in found]
-    notes = [*spared.values()]
     if unread := [thing.place for thing in things if thing.held == garbage.UNREAD]:
-        notes.append(f"{len(unread)} could not be read and stay: {', '.join(unread[:3])}")
-    return Survey(found, len(rest), sum(thing.bytes for thing in rest), notes)
+        names = ", ".join(unread[:3])
+        spared["bundle"] = (
+            f"{len(unread)} could not be read ({names}): they stay, and all bundles that fusions stand on"
+        )
+    left = garbage.leftovers(things, roots, now - grace, spared)
+    going = set(map(id, left))
+    rest = [thing for thing in things if id(thing) not in going]
+    return Survey(left, len(rest), sum(thing.bytes for thing in rest), [*notes, *spared.values()])

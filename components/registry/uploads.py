@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from components import storage
 from components.registry.garbage import Thing
@@ -19,8 +21,20 @@ def unfinished(uri: str) -> Iterator[Thing]:
 def abort(thing: Thing) -> None:
     """End a multipart upload: its parts are freed, and its writer, if there is one after all, is refused."""
     bucket, key = storage.parts(thing.place)
-    with storage.translated(thing.place):
+    with storage.translated(thing.place), _unless_ended():
         storage.client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=thing.mark)
+
+
+@contextmanager
+def _unless_ended() -> Iterator[None]:
+    """An upload that was ended meanwhile is none any more."""
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        if error.response["Error"]["Code"] != "NoSuchUpload":
+            raise
 
 
 def _in_s3(uri: str) -> Iterator[Thing]:
@@ -32,8 +46,10 @@ def _in_s3(uri: str) -> Iterator[Thing]:
             if not upload["Key"].startswith(f"{prefix}/"):  # a server that heeds no prefix
                 continue
             name = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
-            pages = storage.client().get_paginator("list_parts").paginate(**name)
-            parts = [part for page in pages for part in page.get("Parts", ())]
+            parts: list[Any] = []
+            with _unless_ended():
+                pages = storage.client().get_paginator("list_parts").paginate(**name)
+                parts = [part for page in pages for part in page.get("Parts", ())]
             begun = upload["Initiated"].timestamp()
             files = tuple(
                 Entry(str(part["PartNumber"]), part["Size"], part["ETag"], part["LastModified"].timestamp())
@@ -49,9 +65,12 @@ def _on_disk(root: Path) -> Iterator[Thing]:
         for name in [name for name in names if name.startswith(storage.UNFINISHED)]:
             path = Path(folder) / name
             entries = []
-            for file in sorted(each for each in path.rglob("*") if each.is_file()):
-                about = file.stat()
-                inner = file.relative_to(folder).as_posix()
-                entries.append(Entry(inner, about.st_size, str(about.st_mtime_ns), about.st_mtime))
-            modified = max([path.stat().st_mtime, *(entry.modified for entry in entries)])
+            try:
+                for file in sorted(each for each in path.rglob("*") if each.is_file()):
+                    about = file.stat()
+                    inner = file.relative_to(folder).as_posix()
+                    entries.append(Entry(inner, about.st_size, str(about.st_mtime_ns), about.st_mtime))
+                modified = max([path.stat().st_mtime, *(entry.modified for entry in entries)])
+            except FileNotFoundError:  # its writer has finished
+                continue
             yield Thing("unfinished", str(path), folder, tuple(entries), modified)

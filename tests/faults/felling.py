@@ -22,7 +22,7 @@ from tests.faults import outage
 
 ITSELF = "the retrain"
 # The steps of a registration, and what opens each.
-POINTS = {"artifact": "_requirements", "proof": "_prove", "alias": "_measure"}
+POINTS = {"artifact": "_requirements", "proof": "_prove", "alias": "_make_candidate"}
 
 
 def fell(who: str, seconds: float, stack: Path) -> None:

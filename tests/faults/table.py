@@ -10,7 +10,7 @@ ORDER = ("failed", "skipped", "passed")
 WORDS = {"failed": "NO", "skipped": "not tried here", "passed": "yes"}
 
 
-@dataclass
+@dataclass(eq=False)  # a plugin is known by itself
 class Table:
     """Filled by reports, which come from other processes too."""
 

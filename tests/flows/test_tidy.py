@@ -30,7 +30,8 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("ADAPTERLINE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "prefect"))
-    claim.make(tracking.connect(RegistryConfig(store=store, tracking_uri=uri)), store)
+    connection = tracking.connect(RegistryConfig(store=store, tracking_uri=uri))
+    claim.make(connection, store, str(tmp_path / "work"), str(tmp_path / "cache"))
     for number, area in enumerate(("store", "work")):
         made.write(tmp_path / area / "jobs" / made.job_name(str(number)) / "checkpoint/last.safetensors", "x" * 2000)
     return ["--store", store, "--workspace", str(tmp_path / "work")]
@@ -68,7 +69,7 @@ def test_what_is_younger_than_asked_for_stays(
     assert len(jobs(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("days", ["-1", "inf", "nan", "soon"])
+@pytest.mark.parametrize("days", ["-1", "0", "inf", "nan", "soon"])
 def test_days_are_a_number(arguments: list[str], days: str) -> None:
     with pytest.raises(SystemExit):
         tidy.main([*arguments, f"--older-than={days}"])

@@ -131,7 +131,7 @@ def at_home(tmp_path: Path) -> There:
 
 def registry_at(store: str, folder: Path, database: str = "mlflow.db") -> There:
     connection = tracking.connect(RegistryConfig(store=store, tracking_uri=f"sqlite:///{folder / database}"))
-    claim.make(connection, store)
+    claim.make(connection, store, str(folder / "work"), str(folder / "cache"))
     return There(connection, Places(store, f"{store}/mlflow", folder / "work", folder / "cache"), folder)
 
 
@@ -193,6 +193,35 @@ def test_runs_and_models_that_a_version_names_stay_though_they_are_deleted(at_ho
         client.delete_run(run)
     client.delete_logged_model(model_of(version))
     assert at_home.found() == {}
+
+
+def test_a_copy_of_a_version_keeps_what_it_was_made_of(at_home: There) -> None:
+    version = at_home.register("copied")
+    client = at_home.tracking.client
+    copy = client.copy_model_version(f"models:/{MODEL}/{version.version}", "elsewhere")
+    client.delete_model_version(MODEL, version.version)
+    assert at_home.found() == {}
+    assert answer(at_home, copy) == '"copied"'
+
+
+def test_what_another_experiment_deleted_is_not_ours(at_home: There) -> None:
+    config = RegistryConfig(store=at_home.places.store, tracking_uri=at_home.tracking.uri, experiment="theirs")
+    theirs = There(tracking.connect(config), at_home.places, at_home.folder)
+    run = tracking.start(theirs.tracking, "theirs", {})
+    tracking.keep(theirs.tracking, run, {"metrics.json": "{}"})
+    at_home.tracking.client.delete_run(run)
+    assert at_home.found() == {}
+
+
+def test_a_workspace_that_another_mlflow_uses_stays(at_home: There) -> None:
+    work = at_home.places.workspace
+    made.write(work / "jobs" / made.job_name("a") / "checkpoint/last.safetensors")
+    assert len(at_home.look().leftovers) == 1
+    other = RegistryConfig(store=str(at_home.folder / "other"), tracking_uri=f"sqlite:///{at_home.folder}/other.db")
+    claim.make(tracking.connect(other), str(work))
+    found = at_home.look()
+    assert found.leftovers == []
+    assert [note for note in found.notes if str(work) in note]
 
 
 def test_what_a_record_of_history_names_stays_though_its_version_is_deleted(at_home: There) -> None:
@@ -320,6 +349,13 @@ class TestRemoving:
         before = self.names(there)
         assert not removal.remove(thing, there.tracking.uri)
         assert self.names(there) == before
+
+    def test_what_was_written_again_stays_though_it_is_the_same(self, there: There) -> None:
+        thing = self.bundle(there)
+        time.sleep(1.1)  # S3 tells whole seconds
+        storage.write(f"{thing.place}/metrics.json", storage.read(f"{thing.place}/metrics.json"))
+        assert not removal.remove(thing, there.tracking.uri)
+        assert set(self.names(there)) == {file.name for file in thing.files}
 
     def test_no_empty_folders_stay_on_disk(self, at_home: There) -> None:
         thing = self.bundle(at_home)
