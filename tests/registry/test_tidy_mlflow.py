@@ -97,11 +97,14 @@ class There:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Stack]:
+    import boto3
     from mlflow.store.artifact.s3_artifact_repo import _cached_get_s3_client
 
     with local.stack(tmp_path_factory.mktemp("stack")) as stack, local.exported(stack.environment):
         yield stack
-    _cached_get_s3_client.cache_clear()  # the next stack may have this one's port, and other keys
+    # The next stack may have this one's port, and has other keys.
+    _cached_get_s3_client.cache_clear()
+    boto3.setup_default_session()
 
 
 @pytest.fixture(scope="module")
