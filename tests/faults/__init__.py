@@ -1,3 +1,3 @@
 """What is killed, breaks or races, tried for real: `python -m tests.faults` runs every test marked `fault`, wherever it
-stands, and prints the table of the README.
+stands, and prints a table.
 """
