@@ -16,10 +16,12 @@ from infra import supervision
 LATER = "import os, signal, sys, time; time.sleep(float(sys.argv[2])); os.kill(int(sys.argv[1]), signal.SIGCONT)"
 
 
-def kill(folder: Path, part: str) -> None:
-    """kill -9 of one server; the supervisor starts it again."""
-    if pid := supervision.states(folder)[part]["pid"]:
+def kill(folder: Path, part: str) -> int:
+    """kill -9 of one server, which had this process id; the supervisor starts it again."""
+    pid = int(supervision.states(folder)[part]["pid"])
+    if pid:
         os.kill(pid, signal.SIGKILL)
+    return pid
 
 
 def refuse(folder: Path, part: str, seconds: float) -> subprocess.Popen[bytes]:

@@ -18,7 +18,7 @@ from components import storage
 from components.errors import AdapterlineError, ProductionMoved, RegistryError, StorageUnavailable
 from components.registry import history, promotion, versions
 from components.registry.promotion import Approval
-from infra import local
+from infra import local, supervision
 from tests.faults import outage
 from tests.infra.test_stack import PATIENCE_S, stack_command, until
 from tests.registry.registered import Shelf
@@ -31,6 +31,16 @@ READER, PASSWORD = "reader", "only-for-this-test"
 
 def is_up(stack: Path) -> bool:
     return stack_command("status", stack, stack.parent).returncode == 0
+
+
+def is_settled(stack: Path) -> bool:
+    """A worker of a killed server answers for a moment more, and would be taken for it."""
+    return all(is_up(stack) for _ in range(3))
+
+
+def running(stack: Path) -> set[int]:
+    """Process ids, as far as the supervisor has heard."""
+    return {part["pid"] for part in supervision.states(stack).values()}
 
 
 def examined(shelved: Shelf, model: str, number: str) -> promotion.Case:
@@ -64,11 +74,11 @@ def test_promotions_while_servers_die(stack: Path, shelved: Shelf) -> None:
     for number in range(4):
         shelved.version(model, champion=str(number) if number else None)
     promotion.promote(shelved.registry, examined(shelved, model, "1"), Approval("ada", "first"))
-    over, rng = threading.Event(), random.Random(0)  # noqa: S311  # no secret
+    over, rng, killed = threading.Event(), random.Random(0), set[int]()  # noqa: S311  # no secret
 
     def kill() -> None:
         while not over.wait(rng.uniform(2, 6)):
-            outage.kill(stack, rng.choice(("s3", "mlflow")))
+            killed.add(outage.kill(stack, rng.choice(("s3", "mlflow"))))
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -88,7 +98,7 @@ def test_promotions_while_servers_die(stack: Path, shelved: Shelf) -> None:
             failed += 1
     over.set()
     killer.join()
-    until(lambda: is_up(stack), f"all up again in {PATIENCE_S} s")
+    until(lambda: not (killed - {0}) & running(stack) and is_settled(stack), f"all up again in {PATIENCE_S} s")
 
     found = promotion.settle(shelved.registry, model)
     assert failed
@@ -142,7 +152,7 @@ def test_a_promotion_without_s3_is_not_begun(stack: Path, shelved: Shelf) -> Non
         with pytest.raises(StorageUnavailable, match="an S3 server that answers"):
             promotion.roll_back(there, model, Approval("eve", "back"))
         assert shelved.production(model) == "2"
-    until(lambda: is_up(stack), f"all up again in {PATIENCE_S} s")
+    until(lambda: is_settled(stack), f"all up again in {PATIENCE_S} s")
     assert history.records(there.store, model) == before
 
     promotion.promote(there, case, Approval("ada", "next"))
