@@ -33,9 +33,12 @@ def is_up(stack: Path) -> bool:
     return stack_command("status", stack, stack.parent).returncode == 0
 
 
-def is_settled(stack: Path) -> bool:
-    """A worker of a killed server answers for a moment more, and would be taken for it."""
-    return all(is_up(stack) for _ in range(3))
+def is_settled(stack: Path, shelved: Shelf, model: str) -> bool:
+    """A worker of a killed server answers for a moment more, and S3 a moment before it can read."""
+    try:
+        return all(is_up(stack) and history.records(shelved.registry.store, model) for _ in range(3))
+    except StorageUnavailable:
+        return False
 
 
 def running(stack: Path) -> set[int]:
@@ -98,7 +101,10 @@ def test_promotions_while_servers_die(stack: Path, shelved: Shelf) -> None:
             failed += 1
     over.set()
     killer.join()
-    until(lambda: not (killed - {0}) & running(stack) and is_settled(stack), f"all up again in {PATIENCE_S} s")
+    until(
+        lambda: not (killed - {0}) & running(stack) and is_settled(stack, shelved, model),
+        f"all up again in {PATIENCE_S} s",
+    )
 
     found = promotion.settle(shelved.registry, model)
     assert failed
@@ -152,7 +158,7 @@ def test_a_promotion_without_s3_is_not_begun(stack: Path, shelved: Shelf) -> Non
         with pytest.raises(StorageUnavailable, match="an S3 server that answers"):
             promotion.roll_back(there, model, Approval("eve", "back"))
         assert shelved.production(model) == "2"
-    until(lambda: is_settled(stack), f"all up again in {PATIENCE_S} s")
+    until(lambda: is_settled(stack, shelved, model), f"all up again in {PATIENCE_S} s")
     assert history.records(there.store, model) == before
 
     promotion.promote(there, case, Approval("ada", "next"))
