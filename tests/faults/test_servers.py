@@ -68,6 +68,7 @@ def test_a_reader_cannot_promote(shelved: Shelf) -> None:
     assert len(history.records(there.store, "guarded")) == 1
 
 
+@pytest.mark.long
 @pytest.mark.fault(
     "kill -9 of S3 and MLflow, again and again, during promotions and roll backs",
     "each is done or not, none half; history and alias agree, nothing that was told as done is lost",
@@ -143,6 +144,7 @@ def test_a_client_sees_the_old_or_the_new_version(shelved: Shelf, tmp_path: Path
     assert {*seen} == {"1", "2"}
 
 
+@pytest.mark.long
 @pytest.mark.fault("S3 refusing for 60 s while one promotes and goes back", "one line, nothing has changed; done after")
 def test_a_promotion_without_s3_is_not_begun(stack: Path, shelved: Shelf) -> None:
     model, there = "patient", shelved.registry
