@@ -50,12 +50,14 @@ def main(
     local.interrupt_on_sigterm()
     with one_line_errors(options.debug, INTERRUPTED) as ending:
         if upgrade and _is_upgrade(options):
-            with servers(), _prefect(), _terminal():
+            with servers(), _terminal():
+                _start_prefect()
                 upgrade(options.base, options.all_from, options.standing_on, _overrides(options.set), options.list)
             return 0
         read = config.load_preset if options.preset else config.load
         settings = read(options.preset or options.config, _overrides(options.set))
-        with servers() as stack, _prefect(), _terminal():
+        with servers() as stack, _terminal():
+            _start_prefect()
             _closing(settings, flow(settings), stack)
     return ending.code
 
@@ -152,22 +154,21 @@ def servers() -> Iterator[local.Stack | None]:
         yield stack
 
 
-@contextlib.contextmanager
-def _prefect() -> Iterator[None]:
+def _start_prefect() -> None:
     """Prefect's temporary server, where none is named. Ctrl-C reaches a whole process group: a server that ended by it
     before its flow would have the flow ask for minutes who there is to be told of its end.
     """
     from prefect.settings import get_current_settings
 
-    if not get_current_settings().api.url:
-        from prefect.server.api.server import SubprocessASGIServer
+    if get_current_settings().api.url:
+        return
+    from prefect.server.api.server import SubprocessASGIServer
 
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which its process inherits
-        try:
-            SubprocessASGIServer().start()  # the one that Prefect itself would start; it ends with this process
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    yield
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which its process inherits
+    try:
+        SubprocessASGIServer().start()  # the one that Prefect itself would start; it ends with this process
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

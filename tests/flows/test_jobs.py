@@ -153,9 +153,12 @@ class TestInterrupted:
         slow = settings("interrupted", rows=2000, adapter__schedule__epochs=500, adapter__schedule__patience=500)
         path = tmp_path / "slow.yaml"
         path.write_text(yaml.safe_dump(slow.model_dump(mode="json")))
+        environment = {**os.environ, **servers}
+        if by == "Ctrl-C":  # of what it started itself too, Prefect's temporary server
+            environment["PREFECT_API_URL"], environment["PREFECT_HOME"] = "", str(tmp_path / "prefect")
         flow = subprocess.Popen(
             [sys.executable, "-m", "flows.retrain", "--config", str(path)],
-            env={**os.environ, **servers},
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
