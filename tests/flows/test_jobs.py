@@ -155,7 +155,8 @@ class TestInterrupted:
         path.write_text(yaml.safe_dump(slow.model_dump(mode="json")))
         environment = {**os.environ, **servers}
         if by == "Ctrl-C":  # of what it started itself too, Prefect's temporary server
-            environment["PREFECT_API_URL"], environment["PREFECT_HOME"] = "", str(tmp_path / "prefect")
+            del environment["PREFECT_API_URL"]
+            environment["PREFECT_HOME"] = str(tmp_path / "prefect")
         flow = subprocess.Popen(
             [sys.executable, "-m", "flows.retrain", "--config", str(path)],
             env=environment,
