@@ -12,9 +12,10 @@ from pathlib import Path
 from infra.errors import StackError
 from infra.folder import write_private
 
-# SeaweedFS takes each port + 10000 for gRPC, so ports end below this.
-HIGHEST_PORT = 50_000
+# SeaweedFS takes each port + 10000 for gRPC. Both stay below 32768, where Linux begins to take ports for outgoing
+# connections: one of those could have a port between our look and the server's start.
 GRPC = 10_000
+FREE = range(10_000, 32_768 - GRPC)
 WELL_KNOWN = {"prefect": 4200, "mlflow": 5000, "s3": 8333}
 # What else the store opens. Nobody but the store uses these.
 STORE = ("s3-master", "s3-volume", "s3-filer", "s3-admin")
@@ -86,7 +87,7 @@ def free_ports(count: int) -> list[int]:
     """Ports that are free, and whose gRPC twins are too."""
     found: list[int] = []
     while len(found) < count:
-        port = 20_000 + secrets.randbelow(HIGHEST_PORT - 20_000)
+        port = secrets.choice(FREE)
         if port not in found and is_free(port) and is_free(port + GRPC):
             found.append(port)
     return found
