@@ -12,10 +12,10 @@ from pathlib import Path
 from infra.errors import StackError
 from infra.folder import write_private
 
-# SeaweedFS takes each port + 10000 for gRPC. Both stay below 32768, where Linux begins to take ports for outgoing
-# connections: one of those could have a port between our look and the server's start.
+# SeaweedFS takes each port + 10000 for gRPC. None of these is among the ports themselves, and all stay below 32768,
+# where Linux begins to take ports for outgoing connections: one could have a port between our look and the start.
 GRPC = 10_000
-FREE = range(10_000, 32_768 - GRPC)
+FREE = range(10_000, 20_000)
 WELL_KNOWN = {"prefect": 4200, "mlflow": 5000, "s3": 8333}
 # What else the store opens. Nobody but the store uses these.
 STORE = ("s3-master", "s3-volume", "s3-filer", "s3-admin")

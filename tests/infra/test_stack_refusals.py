@@ -72,6 +72,13 @@ def test_a_configured_port_goes_before_one_that_another_server_had(
     assert chosen["prefect"] != port
 
 
+def test_free_ports_never_meet_one_anothers_grpc_nor_outgoing_connections() -> None:
+    found = ports.free_ports(500)
+    needed = {*found, *(port + ports.GRPC for port in found)}
+    assert len(needed) == 2 * len(found)
+    assert max(needed) < 32_768
+
+
 @pytest.mark.parametrize("further", [0, ports.GRPC])
 def test_two_servers_cannot_have_the_same_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: int) -> None:
     (port,) = ports.free_ports(1)
