@@ -28,6 +28,8 @@ WIDTHS = (64, 128, 256, 512)
 INNER = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "encoder_ffn_dim")
 ROWS = 4
 TIMES = 2
+# Below this hidden size what counts is how many operations there are, and every choice is a matter of chance.
+SMALL = 128
 # What is measured by chance as a little faster is not worth another rounding.
 CLEARLY = 0.9
 
@@ -64,6 +66,8 @@ class Kernels:
 
 def chosen(device: torch.device, shape: Shape, precisions: tuple[torch.dtype, ...]) -> Kernels:
     """precisions: one that is asked for, or several to choose from. What was measured is kept in the cache folder."""
+    if shape.hidden < SMALL:
+        return Kernels(precisions == (torch.bfloat16,), WIDTHS[-1], 0)
     code = digest.of_code("training/kernels", "training/frozen")
     about = [name_of(device), torch.__version__, asdict(shape), [str(each) for each in precisions], code]
     path = cache.folder() / "kernels" / f"{digest.of_json(about)[:32]}.json"
@@ -115,7 +119,7 @@ def _until(one: Callable[[int], Any], other: Callable[[int], Any]) -> int:
         if _seconds(one(width)) > CLEARLY * _seconds(other(width)):
             return until
         until = width
-    return 2 * until  # beyond what was measured, memory decides
+    return until
 
 
 def _feed_forward(shape: Shape, dtype: torch.dtype) -> Callable[[], None]:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from components.training.batching import Tokens, collate
+from components.training.compiled import Compiled
 from components.training.crew import Crew, shares
 from components.training.encoder import Encoder
 from components.training.frozen import Padding
@@ -47,8 +48,11 @@ class Pass(Protocol):
 class Whole:
     """Every layer of every row."""
 
-    def __init__(self, model: Any, tokens: Tokens, padding: int, device: torch.device, precision: Precision) -> None:
-        self._model, self._tokens, self._padding, self._device = model, tokens, padding, device
+    def __init__(
+        self, model: Any, tokens: Tokens, padding: int, device: torch.device, precision: Precision, compile: bool
+    ) -> None:
+        self._model = Compiled(model) if compile else model
+        self._tokens, self._padding, self._device = tokens, padding, device
         self._precision = precision
 
     def logits(self, rows: Rows) -> torch.Tensor:
@@ -92,7 +96,7 @@ def passes(
     model: in training mode.  batch: rows of one.
     """
     if not Encoder.fits(model):
-        yield Whole(model, tokens, padding, device, precision), Crew(1)
+        yield Whole(model, tokens, padding, device, precision, means.compile), Crew(1)
         return
     encoder = Encoder(model, precision.dtype, precision.plain_until)
     trunk = Trunk(encoder, tokens, padding, device, precision)

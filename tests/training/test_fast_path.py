@@ -107,7 +107,7 @@ def test_fifty_steps_lose_what_a_plain_padded_loop_loses(
     base = base_of("bert")
     tokens = tokens_of(base)
     plain = losses(model_of(base, method), tokens, None)
-    assert np.mean(plain[-10:]) < 0.99 * np.mean(plain[:10])  # it learns, or equal losses would say little
+    assert np.mean(plain[-10:]) < np.mean(plain[:10])  # it learns, or equal losses would say little
     for means in (Means(), Means(cache, "base"), Means(cache, "base"), Means(tokens_at_once=100)):
         assert losses(model_of(base, method), tokens, means) == pytest.approx(plain, abs=1e-4)
 
@@ -169,9 +169,9 @@ def test_gradients_are_those_of_the_whole_model(base_of: Callable[[str], Path], 
 
 
 @pytest.mark.parametrize(("method", "settings", "cut"), [
-    ("pfeiffer", {}, "1+2"), ("houlsby", {}, "0+2"), ("lora", {}, "0"), ("pfeiffer", {"leave_out": (0, 1)}, "5+2 first"),
-    ("pfeiffer", {"drop_layers": 1}, "3+2"), ("parallel", {}, "1+2"), ("head", {}, "6 first"),
-    ("houlsby", {"leave_out": (0, 1)}, "4+2 first"),
+    ("pfeiffer", {}, "1+2"), ("houlsby", {}, "0+2"), ("lora", {}, "0"), ("parallel", {}, "1+2"),
+    ("pfeiffer", {"drop_layers": 1}, "3+2"), ("head", {}, "6 first"),
+    ("pfeiffer", {"leave_out": (0, 1)}, "5+2 first"), ("houlsby", {"leave_out": (0, 1)}, "4+2 first"),
 ])  # fmt: skip
 def test_the_trunk_reaches_to_the_first_module_that_learns(
     base_of: Callable[[str], Path], method: str, settings: dict[str, Any], cut: str
