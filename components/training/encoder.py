@@ -106,7 +106,6 @@ class Encoder:
         self.model, self.plain_until, self.dtype = model, plain_until, dtype
         base = model.base_model.model
         self._encoder = base.base_model.encoder
-        self._layers = self._encoder.forward  # as they are
         layers, config = list(self._encoder.layer), base.config
         self.sublayers = [
             SubLayer(layer, kind, layer is layers[-1], dtype, config.num_attention_heads, config.hidden_act)
@@ -154,11 +153,14 @@ class Encoder:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """For the length of the block the model has this encoder for its own; called as a whole it computes as ever."""
-        self._encoder.forward = self._forward
+        earlier = vars(self._encoder).get("forward")
+        self._layers, self._encoder.forward = self._encoder.forward, self._forward
         try:
             yield
         finally:
             del self._encoder.forward
+            if earlier:
+                self._encoder.forward = earlier
 
     def logits(self, tails: Callable[[], torch.Tensor], rows: int) -> torch.Tensor:
         """What the head makes of the first tokens that `tails` makes, (rows, 1, hidden)."""

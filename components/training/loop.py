@@ -25,7 +25,7 @@ from components.training.batching import Tokens, bounded_batches, collate, parts
 from components.training.crew import Crew
 from components.training.distributed import ALONE, Group
 from components.training.kernels import shape_of
-from components.training.passes import MODEST, Means, Pass, passes
+from components.training.passes import MODEST, Means, Pass, Passes, passes
 from components.training.precision import arithmetic
 from components.training.progress import Meter, Progress
 from components.training.watch import Watch
@@ -127,7 +127,7 @@ def fit(
 
     with (
         watch,
-        passes(model, train, padding, device, precision, training.batch_size, means) as (through, crew),
+        passes(model, train, validation, padding, device, precision, training.batch_size, means) as through,
     ):
         watch.lap()  # the trunk's states count as the first epoch's
         while state.epoch < schedule.epochs and state.epoch - state.best_epoch < schedule.patience:
@@ -138,7 +138,9 @@ def fit(
                     watch.go()
                     torch.manual_seed(group.seed(seed, state.step))
                     step.reseed(model, seed, state.step)  # layers are dropped by all processes alike
-                    loss = _learn(learner, train, rows, through, weights, training.clip_norm, means.tokens_at_once)
+                    loss = _learn(
+                        learner, train, rows, through.learn, weights, training.clip_norm, means.tokens_at_once
+                    )
                     if not math.isfinite(loss):
                         raise TrainingError(
                             "a finite loss",
@@ -153,7 +155,7 @@ def fit(
                     if pause.is_over and state.batch < len(batches):
                         with pause:
                             keep(state, False)
-            probabilities = predict(model, validation, padding, device, group, crew)
+            probabilities = predict(model, validation, padding, device, group, through)
             measured = group.from_main(
                 partial(metrics.measure, validation.labels, probabilities)
             )  # one decides for all
@@ -225,22 +227,24 @@ class Pause:
 
 
 def predict(
-    model: Any, tokens: Tokens, padding: int, device: torch.device, group: Group = ALONE, crew: Crew | None = None
+    model: Any, tokens: Tokens, padding: int, device: torch.device, group: Group = ALONE, through: Passes | None = None
 ) -> npt.NDArray[np.float32]:
     """Class probabilities, (rows, classes), in the order of `tokens`; processes and threads share the batches.
 
-    Always in float32 and without dropout, so that they do not depend on which rows share a batch.
+    Always in float32 and without dropout, so that they do not depend on which rows share a batch. through: where the
+    tokens are those that it checks.
     """
     model.eval()
     result = np.zeros((len(tokens.ids), model.config.num_labels), dtype=np.float32)
 
     def score(rows: npt.NDArray[np.int64]) -> None:
         with torch.inference_mode():
-            logits = model(**collate(tokens, rows, padding, device)).logits
+            check = through.check if through else None
+            logits = check.logits(rows) if check else model(**collate(tokens, rows, padding, device)).logits
             result[rows] = torch.softmax(logits.float(), dim=-1).cpu().numpy()
 
     batches = group.turns(bounded_batches(tokens.lengths))
-    (crew or Crew(1)).each([partial(score, rows) for rows in batches])
+    (through.crew if through else Crew(1)).each([partial(score, rows) for rows in batches])
     return group.total(result)
 
 

@@ -76,7 +76,7 @@ class AboveTrunk:
         states = self._crew.each([partial(self._trunk.states, rows[place]) for place in places])
         tails = [partial(self._tail, *each) for each in zip(states, (lengths[place] for place in places), strict=True)]
         order = torch.from_numpy(np.argsort(np.concatenate(places)))
-        with self._precision.forward(int(lengths.max())):
+        with self._precision.autocast():
             if len(tails) == 1:
                 return self._encoder.logits(tails[0], len(rows))[order]
             return self._encoder.logits(lambda: self._crew.together(tails, self._encoder.trained)[order], len(rows))
@@ -87,22 +87,40 @@ class AboveTrunk:
             return self._encoder.tail(states, padding)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """learn: of the rows to train on.  check: of those to validate on, in float32 and for no gradients; None where they
+    go through the model as a whole.  crew: the threads.
+    """
+
+    learn: Pass
+    check: Pass | None
+    crew: Crew
+
+
 @contextmanager
 def passes(
-    model: Any, tokens: Tokens, padding: int, device: torch.device, precision: Precision, batch: int, means: Means
-) -> Iterator[tuple[Pass, Crew]]:
-    """How batches of these rows go through the model while it learns, and the threads that share them.
-
-    model: in training mode.  batch: rows of one.
-    """
+    model: Any,
+    train: Tokens,
+    validation: Tokens,
+    padding: int,
+    device: torch.device,
+    precision: Precision,
+    batch: int,
+    means: Means = MODEST,
+) -> Iterator[Passes]:
+    """How batches go through the model while it learns. model: in training mode.  batch: rows of one."""
     if not Encoder.fits(model):
-        yield Whole(model, tokens, padding, device, precision, means.compile), Crew(1)
+        yield Passes(Whole(model, train, padding, device, precision, means.compile), None, Crew(1))
         return
+    exact = precision if not precision.low else Precision(device, low=False)
     encoder = Encoder(model, precision.dtype, precision.plain_until)
-    trunk = Trunk(encoder, tokens, padding, device, precision)
+    judge = encoder if exact is precision else Encoder(model, exact.dtype, exact.plain_until)
     alone = device.type != "cpu" or encoder.draws
     crew = Crew(1 if alone else min(torch.get_num_threads(), max(1, batch // ROWS_EACH)))
-    with encoder.in_place(), crew.at_work():
+    trunks = Trunk(encoder, train, padding, device, precision), Trunk(judge, validation, padding, device, exact)
+    with encoder.in_place(), judge.in_place(), crew.at_work():
         if means.cache is not None:
-            trunk.keep(means.cache, means.base, crew)
-        yield AboveTrunk(trunk, crew), crew
+            for trunk in trunks:
+                trunk.keep(means.cache, means.base, crew)
+        yield Passes(AboveTrunk(trunks[0], crew), AboveTrunk(trunks[1], Crew(1)), crew)

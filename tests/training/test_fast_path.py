@@ -76,9 +76,11 @@ def losses(model: Any, tokens: Tokens, means: Means | None, threads: int = 1) ->
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with passes.passes(model, tokens, 0, CPU, precision, 16, means) as (through, _):
-            assert isinstance(through, AboveTrunk)
-            return [loop._learn(learner, tokens, rows, through, None, 1.0, means.tokens_at_once) for rows in batches]
+        with passes.passes(model, tokens, tokens, 0, CPU, precision, 16, means) as through:
+            assert isinstance(through.learn, AboveTrunk)
+            return [
+                loop._learn(learner, tokens, rows, through.learn, None, 1.0, means.tokens_at_once) for rows in batches
+            ]
     finally:
         torch.set_num_threads(before)
 
@@ -204,3 +206,22 @@ def test_a_model_in_the_block_still_computes_as_ever(base_of: Callable[[str], Pa
         with encoder.in_place():
             assert torch.equal(model(**inputs).logits, alone)
         assert torch.equal(model(**inputs).logits, alone)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("method", KNOWN)
+def test_validation_is_scored_in_float32_as_by_the_whole_model(
+    base_of: Callable[[str], Path], method: str, low: bool, cache: TrunkCache
+) -> None:
+    """Also in the middle of training, and whatever the arithmetic of training is."""
+    base = base_of("bert")
+    tokens = tokens_of(base)
+    model = model_of(base, method)
+    learner = loop.learner(model, SCHEDULE, TrainingConfig(), len(tokens.ids), CPU)
+    training_mode(model)
+    with passes.passes(model, tokens, tokens, 0, CPU, Precision(CPU, low), 16, Means(cache, "base")) as through:
+        for rows in training_batches(tokens.lengths, 16, 0, 1):
+            loop._learn(learner, tokens, rows, through.learn, None, 1.0, None)
+        fast = loop.predict(model, tokens, 0, CPU, through=through)
+        training_mode(model)
+    assert fast == pytest.approx(loop.predict(model, tokens, 0, CPU), abs=1e-6)
