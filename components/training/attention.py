@@ -9,7 +9,7 @@ import torch
 
 from components.adapters.layer import Site
 from components.methods import Member
-from components.training.batching import Tokens, bounded_batches, collate
+from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate
 
 
 def measure(
@@ -27,7 +27,7 @@ def measure(
     totals, count = [torch.zeros(()) for _ in sites], 0
     model.eval()
     with torch.inference_mode():
-        for rows in bounded_batches(tokens.lengths):
+        for rows in bounded_batches(tokens.lengths, AT_ONCE[device.type]):
             inputs = collate(tokens, rows, padding, device)
             model(**inputs)
             kept = inputs["attention_mask"].unsqueeze(-1)

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
 # Batches are cut from buckets of this many batches: large enough to pad little, small enough to stay random.
 BUCKET = 50
-# Tokens that go through a model at once where nothing is learned: enough to fill the kernels of matrices, few enough
-# for a few hundred MB of memory.
-AT_ONCE = 4096
+# Tokens that go through a model at once where nothing is learned, by device: enough to fill the kernels of matrices,
+# few enough for the activations of one layer to take tens of MB on CPUs.
+AT_ONCE = {"cpu": 1024, "cuda": 16_384}
+# And where an adapter learns, on CPUs: more is no faster there, and keeps more activations.
+LEARNED_AT_ONCE = 2048
 
 
 class Ragged(Sequence[npt.NDArray[np.int32]]):
@@ -103,7 +105,7 @@ def training_batches(lengths: npt.NDArray[np.int64], size: int, seed: int, epoch
     return [batches[index] for index in rng.permutation(len(batches))]
 
 
-def bounded_batches(lengths: npt.NDArray[np.int64], tokens: int = AT_ONCE) -> Iterator[npt.NDArray[np.int64]]:
+def bounded_batches(lengths: npt.NDArray[np.int64], tokens: int) -> Iterator[npt.NDArray[np.int64]]:
     """Row numbers of each batch, longest texts first: if memory does not suffice, that shows at once.
 
     Each has at most `tokens` tokens, padding counted, and at least one row.

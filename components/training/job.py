@@ -133,6 +133,7 @@ def _learn(
         raise ConfigError(
             f"code version {spec.code[:12]}", code_version()[:12], "run the job with the code that wrote its spec"
         )
+    memory.spare()
     import torch
 
     from components import base_model

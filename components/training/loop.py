@@ -21,11 +21,11 @@ from components.config import TrainingConfig
 from components.errors import TrainingError
 from components.evaluation import metrics
 from components.methods import Schedule
-from components.training.batching import Tokens, bounded_batches, collate, parts, training_batches
+from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate, parts, training_batches
 from components.training.crew import Crew
 from components.training.distributed import ALONE, Group
 from components.training.kernels import shape_of
-from components.training.passes import MODEST, Means, Pass, Passes, passes
+from components.training.passes import MODEST, Means, Passes, passes
 from components.training.precision import arithmetic
 from components.training.progress import Meter, Progress
 from components.training.watch import Watch
@@ -138,9 +138,7 @@ def fit(
                     watch.go()
                     torch.manual_seed(group.seed(seed, state.step))
                     step.reseed(model, seed, state.step)  # layers are dropped by all processes alike
-                    loss = _learn(
-                        learner, train, rows, through.learn, weights, training.clip_norm, means.tokens_at_once
-                    )
+                    loss = _learn(learner, train, rows, through, weights, training.clip_norm)
                     if not math.isfinite(loss):
                         raise TrainingError(
                             "a finite loss",
@@ -178,18 +176,17 @@ def _learn(
     learner: Learner,
     train: Tokens,
     rows: npt.NDArray[np.int64],
-    through: Pass,
+    through: Passes,
     weights: torch.Tensor | None,
     clip_norm: float,
-    tokens_at_once: int | None,
 ) -> float:
     """One step on one batch, of which each process computes its share. Returns the loss of the whole batch."""
     model, group, trained = learner.model, learner.group, list(learner.trained.values())
     mine, labels = group.share(rows, train.labels)
     whole = len(rows) if weights is None else weights[train.labels[rows]].sum()
     total = torch.zeros((), device=learner.device)
-    for part in parts(np.array([len(train.ids[row]) for row in mine]), tokens_at_once):
-        logits = through.logits(mine[part])
+    for part in parts(np.array([len(train.ids[row]) for row in mine]), through.at_once):
+        logits = through.learn.logits(mine[part])
         target = torch.from_numpy(labels[part]).to(learner.device)
         loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum") / whole
         if (beside := regulariser(model)) is not None:
@@ -243,7 +240,7 @@ def predict(
             logits = check.logits(rows) if check else model(**collate(tokens, rows, padding, device)).logits
             result[rows] = torch.softmax(logits.float(), dim=-1).cpu().numpy()
 
-    batches = group.turns(bounded_batches(tokens.lengths))
+    batches = group.turns(bounded_batches(tokens.lengths, AT_ONCE[device.type]))
     (through.crew if through else Crew(1)).each([partial(score, rows) for rows in batches])
     return group.total(result)
 

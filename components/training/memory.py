@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from components.errors import OutOfMemory
 if TYPE_CHECKING:
     import torch
 
+# Shapes whose kernels are kept; the twenty or so products of a step have at most that many.
+KERNELS = 64
 # What torch writes, on a GPU and on the CPU; it has a class of its own for the first only.
 SIGNS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
 
@@ -31,6 +34,14 @@ def watched(training: TrainingConfig, device: str) -> Iterator[None]:
             f"too little of it (device {device})",
             "lower training.batch_size or training.max_tokens, or raise compute.processes to share each batch",
         ) from error
+
+
+def spare() -> None:
+    """Keep few of the kernels that oneDNN compiles for each shape of a matrix: batches differ in theirs at every step,
+    and a thousand of them are 300 MB. To be called before the first product.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KERNELS))
 
 
 def peak(device: torch.device) -> int:

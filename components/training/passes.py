@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from components.training.batching import Tokens, collate
+from components.training.batching import LEARNED_AT_ONCE, Tokens, collate
 from components.training.compiled import Compiled
 from components.training.crew import Crew, shares
 from components.training.encoder import Encoder
@@ -90,12 +90,13 @@ class AboveTrunk:
 @dataclass(frozen=True)
 class Passes:
     """learn: of the rows to train on.  check: of those to validate on, in float32 and for no gradients; None where they
-    go through the model as a whole.  crew: the threads.
+    go through the model as a whole.  crew: the threads.  at_once: tokens that learn at once; None for a whole batch.
     """
 
     learn: Pass
     check: Pass | None
     crew: Crew
+    at_once: int | None
 
 
 @contextmanager
@@ -111,7 +112,9 @@ def passes(
 ) -> Iterator[Passes]:
     """How batches go through the model while it learns. model: in training mode.  batch: rows of one."""
     if not Encoder.fits(model):
-        yield Passes(Whole(model, train, padding, device, precision, means.compile), None, Crew(1))
+        yield Passes(
+            Whole(model, train, padding, device, precision, means.compile), None, Crew(1), means.tokens_at_once
+        )
         return
     exact = precision if not precision.low else Precision(device, low=False)
     encoder = Encoder(model, precision.dtype, precision.plain_until)
@@ -123,4 +126,5 @@ def passes(
         if means.cache is not None:
             for trunk in trunks:
                 trunk.keep(means.cache, means.base, crew)
-        yield Passes(AboveTrunk(trunks[0], crew), AboveTrunk(trunks[1], Crew(1)), crew)
+        at_once = means.tokens_at_once or (LEARNED_AT_ONCE if device.type == "cpu" else None)
+        yield Passes(AboveTrunk(trunks[0], crew), AboveTrunk(trunks[1], Crew(1)), crew, at_once)

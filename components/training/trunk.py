@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from components import digest
-from components.training.batching import Tokens, bounded_batches, collate
+from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate
 from components.training.crew import Crew
 from components.training.encoder import Encoder
 from components.training.frozen import Padding
@@ -47,7 +47,9 @@ class Trunk:
         hidden = int(self.encoder.model.config.hidden_size)
 
         def fill(store: Store) -> None:
-            work = [partial(self._put, store, rows) for rows in bounded_batches(self.lengths)]
+            work = [
+                partial(self._put, store, rows) for rows in bounded_batches(self.lengths, AT_ONCE[self._device.type])
+            ]
             crew.each(work)
 
         self._store = cache.opened(self.digest(base), lengths, cut.states, hidden, self.precision.dtype, fill)

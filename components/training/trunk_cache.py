@@ -1,4 +1,4 @@
-"""States of trunks on disk, one file for each digest, read through the page cache by every job that shares it.
+"""States of trunks on disk, one file for each digest, read by every job that shares it.
 
     CACHE/trunk/DIGEST.states     complete: it got this name when everything was in it
     CACHE/trunk/DIGEST.lock       held by the one who writes; a second one waits, and then reads
@@ -9,6 +9,7 @@ meanwhile keeps what it has open.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -30,29 +32,39 @@ SHARE = 0.5
 
 
 class Store:
-    """States of all rows in one array, (states, tokens of all rows, hidden), memory-mapped."""
+    """States of all rows in one file, (states, tokens of all rows, hidden).
 
-    def __init__(self, array: torch.Tensor, starts: npt.NDArray[np.int64]) -> None:
+    Read and written a row at a time rather than mapped: pages of a mapped file count as memory of the job.
+    """
+
+    def __init__(self, file: BinaryIO, starts: npt.NDArray[np.int64], states: int, hidden: int, dtype: torch.dtype):
         """starts: (rows + 1,), where each row begins and the last one ends."""
-        self._array, self._starts = array, starts
+        self._file, self._starts, self._states = file, starts, states
+        self._hidden, self._dtype = hidden, dtype
 
     def write(self, rows: npt.NDArray[np.int64], states: list[torch.Tensor]) -> None:
         """states: (rows, tokens, hidden) each, padded."""
-        for index, row in enumerate(rows):
-            begin, end = self._starts[row], self._starts[row + 1]
-            for kept, state in zip(self._array, states, strict=True):
-                kept[begin:end] = state[index, : end - begin]
+        for number, state in enumerate(states):
+            for index, row in enumerate(rows):
+                content = state[index, : self._starts[row + 1] - self._starts[row]].contiguous()
+                written = os.pwrite(self._file.fileno(), _bytes(content), self._place(number, row))
+                if written != content.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def read(self, rows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
         """(rows, tokens, hidden) each, padded with zeros."""
-        spans = [(int(self._starts[row]), int(self._starts[row + 1])) for row in rows]
-        longest = max(end - begin for begin, end in spans)
-        found = [self._array.new_empty(len(spans), longest, self._array.shape[-1]) for _ in self._array]
-        for kept, block in zip(self._array, found, strict=True):
-            for index, (begin, end) in enumerate(spans):
-                block[index, : end - begin] = kept[begin:end]
-                block[index, end - begin :] = 0
+        lengths = self._starts[rows + 1] - self._starts[rows]
+        shape = len(rows), int(lengths.max()), self._hidden
+        found = [torch.empty(shape, dtype=self._dtype) for _ in range(self._states)]
+        for number, block in enumerate(found):
+            for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+                os.preadv(self._file.fileno(), [_bytes(block[index, :length])], self._place(number, row))
+                block[index, length:] = 0
         return found
+
+    def _place(self, state: int, row: int) -> int:
+        """Of a row's first byte."""
+        return int(state * self._starts[-1] + self._starts[row]) * self._hidden * self._dtype.itemsize
 
 
 class TrunkCache:
@@ -76,8 +88,11 @@ class TrunkCache:
         lengths: (rows,), tokens of each.
         """
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        shape = (states, int(starts[-1]), hidden)
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = states * int(starts[-1]) * hidden * dtype.itemsize
+
+        def store(file: BinaryIO) -> Store:
+            return Store(file, starts, states, hidden, dtype)
+
         if size > self._limit:
             return None
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -88,13 +103,13 @@ class TrunkCache:
                 if size > SHARE * shutil.disk_usage(self._folder).free:
                     return None
                 try:
-                    _write(path, size, lambda file: fill(Store(_mapped(file, shape, dtype, True), starts)))
+                    _write(path, size, lambda file: fill(store(file)))
                 except OSError as error:
                     if disk.full(error):
                         return None
                     raise
             path.touch()
-            return Store(_mapped(path, shape, dtype, False), starts)
+            return store(path.open("rb"))
 
     def _make_room(self, size: int) -> None:
         files = sorted(self._folder.glob(f"*{ENDING}"), key=lambda path: path.stat().st_mtime)
@@ -106,21 +121,22 @@ class TrunkCache:
             path.unlink(missing_ok=True)
 
 
-def _mapped(path: Path, shape: tuple[int, ...], dtype: torch.dtype, writable: bool) -> torch.Tensor:
-    return torch.from_file(str(path), shared=writable, size=int(np.prod(shape)), dtype=dtype).view(shape)
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """Of a contiguous tensor, which shares their memory."""
+    return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
-def _write(path: Path, size: int, fill: Callable[[Path], None]) -> None:
+def _write(path: Path, size: int, fill: Callable[[BinaryIO], None]) -> None:
     """A file that has its name only once all is in it, and on the disk."""
-    number, name = tempfile.mkstemp(dir=path.parent, suffix=".new")
+    file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".new", delete=False)  # noqa: SIM115  # closed below
     try:
-        os.posix_fallocate(number, 0, size)  # a disk that is full says so here, not by a signal when a page is written
-        fill(Path(name))
-        os.fsync(number)
-        Path(name).replace(path)
+        with file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full says so before anything is computed
+            fill(file)  # type: ignore[arg-type]  # a wrapper of one
+            os.fsync(file.fileno())
+        Path(file.name).replace(path)
     finally:
-        os.close(number)
-        Path(name).unlink(missing_ok=True)
+        Path(file.name).unlink(missing_ok=True)
 
 
 @contextmanager

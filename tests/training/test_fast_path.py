@@ -78,9 +78,7 @@ def losses(model: Any, tokens: Tokens, means: Means | None, threads: int = 1) ->
     try:
         with passes.passes(model, tokens, tokens, 0, CPU, precision, 16, means) as through:
             assert isinstance(through.learn, AboveTrunk)
-            return [
-                loop._learn(learner, tokens, rows, through.learn, None, 1.0, means.tokens_at_once) for rows in batches
-            ]
+            return [loop._learn(learner, tokens, rows, through, None, 1.0) for rows in batches]
     finally:
         torch.set_num_threads(before)
 
@@ -221,7 +219,7 @@ def test_validation_is_scored_in_float32_as_by_the_whole_model(
     training_mode(model)
     with passes.passes(model, tokens, tokens, 0, CPU, Precision(CPU, low), 16, Means(cache, "base")) as through:
         for rows in training_batches(tokens.lengths, 16, 0, 1):
-            loop._learn(learner, tokens, rows, through.learn, None, 1.0, None)
+            loop._learn(learner, tokens, rows, through, None, 1.0)
         fast = loop.predict(model, tokens, 0, CPU, through=through)
         training_mode(model)
     assert fast == pytest.approx(loop.predict(model, tokens, 0, CPU), abs=1e-6)
