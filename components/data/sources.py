@@ -135,9 +135,7 @@ def _renamed(config: DataConfig) -> dict[str, str]:
     return {ours: theirs for ours, theirs in renamed.items() if theirs}
 
 
-def _checked(
-    read_: Iterator[tuple[str, pa.Table]], renamed: dict[str, str], config: DataConfig
-) -> Iterator[pa.Table]:
+def _checked(read_: Iterator[tuple[str, pa.Table]], renamed: dict[str, str], config: DataConfig) -> Iterator[pa.Table]:
     """The same rows under our column names, as strings. A file that is one of several is named in errors."""
     import pyarrow as pa
 
@@ -203,4 +201,3 @@ def _unique(column: pa.ChunkedArray, name: str) -> None:
             f"{repeated} repeated ids",
             "correct the ids or data.columns.id",
         )
-

@@ -25,6 +25,7 @@ def spooled(tables: Iterable[pa.Table], schema: pa.Schema) -> Dataset:
     import pyarrow as pa
     from datasets import Dataset
 
+    schema = schema.remove_metadata()
     with tempfile.NamedTemporaryFile(prefix="adapterline-", suffix=".arrow") as file:
         with pa.ipc.new_file(file.name, schema) as writer:
             for table in tables:
