@@ -23,8 +23,9 @@ from components.data import minhash
 from components.data.word_sets import WordSets, hashed
 
 Rows = npt.NDArray[np.int64]
+Pairs = tuple[Rows, Rows]
 MANY = 16  # pairs a row under one key, above which rare words must be shared too
-AT_ONCE = 1 << 20  # pairs
+AT_ONCE, SOME = 1 << 20, 1 << 16  # pairs, rows
 
 
 def clusters(texts: Iterable[str], jaccard: float) -> Rows:
@@ -70,15 +71,15 @@ def _linked(cluster: Rows, rows: Rows, keys: npt.NDArray[np.uint64], sets: WordS
     chained = ~_begins(bucket)[1:]
     cluster = _compared(cluster, rows[:-1][chained], rows[1:][chained], sets, jaccard)
 
-    rows, bucket, pairs = _apart(cluster, rows, bucket)
-    size, crossing = np.bincount(bucket), np.bincount(bucket, pairs)
-    crowded = (crossing > MANY * size)[bucket]
-    for some, key in (
-        (rows[~crowded], bucket[~crowded]),
-        _with_rare_words(rows[crowded], bucket[crowded], sets, jaccard),
-    ):
-        for one, other in _pairs(*_apart(cluster, some, key)):
-            cluster = _compared(cluster, one, other, sets, jaccard)
+    crowded = _crowded(cluster, rows, bucket)
+    for pair in _pairs(cluster, (rows[~crowded], bucket[~crowded])):
+        cluster = _compared(cluster, *pair, sets, jaccard)
+    rarest, rare = _with_rare_words(rows[crowded], bucket[crowded], sets, jaccard)
+    for pair in _pairs(cluster, rarest):
+        cluster = _compared(cluster, *pair, sets, jaccard)
+    for one, other in _pairs(cluster, rarest, rare):
+        larger = sets.sizes[one] < sets.sizes[other]
+        cluster = _compared(cluster, one[larger], other[larger], sets, jaccard)
     return cluster
 
 
@@ -90,7 +91,6 @@ def _compared(cluster: Rows, one: Rows, other: Rows, sets: WordSets, jaccard: fl
     for at in range(0, len(one), AT_ONCE):
         ends = np.stack([one[at : at + AT_ONCE], other[at : at + AT_ONCE]])
         ends = ends[:, cluster[ends[0]] != cluster[ends[1]]]
-        ends = np.stack(np.divmod(np.unique(ends.min(axis=0) * len(cluster) + ends.max(axis=0)), len(cluster)))
         ends = cluster[ends[:, sets.similar(ends[0], ends[1], jaccard)]]
         if not ends.size:
             continue
@@ -105,16 +105,34 @@ def _compared(cluster: Rows, one: Rows, other: Rows, sets: WordSets, jaccard: fl
     return cluster
 
 
-def _apart(cluster: Rows, rows: Rows, bucket: Rows) -> tuple[Rows, Rows, Rows]:
-    """Rows and buckets in the order of buckets and of clusters in them, and how many rows that come later in its bucket
-    are of another cluster than each. Buckets of one cluster are left out. (rows,) each.
+def _crowded(cluster: Rows, rows: Rows, bucket: Rows) -> npt.NDArray[np.bool_]:
+    """Which rows lie in a bucket with too many pairs of rows in different clusters to compare them all, (rows,)."""
+    code = np.sort(bucket * len(cluster) + cluster[rows])
+    size, together = np.bincount(bucket), np.flatnonzero(_begins(code))
+    alike = np.diff(together, append=len(code))
+    same = np.bincount(code[together] // len(cluster), alike**2, minlength=len(size))
+    return ((size**2 - same) / 2 > MANY * size)[bucket]
+
+
+def _pairs(cluster: Rows, some: tuple[Rows, Rows], others: tuple[Rows, Rows] | None = None) -> Iterator[Pairs]:
+    """All pairs of one of some rows and one of the others, or another of the same, that are in one bucket and were in
+    different clusters at first; so many at a time. some, others: rows and buckets.
     """
-    order = np.lexsort((cluster[rows], bucket))
-    rows, bucket = rows[order], bucket[order]
-    bucket, begins = np.cumsum(_begins(bucket)) - 1, _begins(bucket)
-    pairs = _ends(begins) - _ends(_begins(bucket, cluster[rows]))
-    kept = (np.bincount(bucket, pairs) > 0)[bucket]
-    return rows[kept], bucket[kept], pairs[kept]
+    rows, bucket = some
+    code = bucket * len(cluster) + cluster[rows]
+    among, their = others if others is not None else some
+    their_code = their * len(cluster) + cluster[among]
+    order = np.argsort(their_code)
+    among, their_code = among[order], their_code[order]
+    after = np.searchsorted(their_code, code, "right"), np.searchsorted(their_code, (bucket + 1) * len(cluster))
+    before = np.searchsorted(their_code, bucket * len(cluster)), np.searchsorted(their_code, code)
+    for start, end in (after,) if others is None else (after, before):
+        done = np.cumsum(end - start)
+        total = int(done[-1]) if len(done) else 0
+        for at in range(0, total, AT_ONCE):
+            number = np.arange(at, min(at + AT_ONCE, total))
+            one = np.searchsorted(done, number, "right")
+            yield rows[one], among[end[one] - (done[one] - number)]
 
 
 def _begins(*values: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
@@ -124,31 +142,21 @@ def _begins(*values: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
     return begins
 
 
-def _ends(begins: npt.NDArray[np.bool_]) -> Rows:
-    """Where the run that each belongs to ends, (rows,). begins: of `_begins`."""
-    starts = np.flatnonzero(begins)
-    ends = np.append(starts[1:], len(begins))[: len(starts)]
-    return np.repeat(ends, ends - starts)
-
-
-def _pairs(rows: Rows, bucket: Rows, pairs: Rows) -> Iterator[tuple[Rows, Rows]]:
-    """All pairs of rows of one bucket and different clusters, some at a time. Arguments: of `_apart`."""
-    done = np.cumsum(pairs)
-    ends = _ends(_begins(bucket))
-    for start in range(0, int(done[-1]) if len(done) else 0, AT_ONCE):
-        number = np.arange(start, min(start + AT_ONCE, int(done[-1])))
-        one = np.searchsorted(done, number, "right")
-        yield rows[one], rows[ends[one] - (done[one] - number)]
-
-
-def _with_rare_words(rows: Rows, bucket: Rows, sets: WordSets, jaccard: float) -> tuple[Rows, Rows]:
-    """Each row once for each of its rare words, and a bucket for each word in each of the given ones."""
-    found = []
-    for at in range(0, len(rows), AT_ONCE // 16):
-        words, place = sets.rare(rows[at : at + AT_ONCE // 16], jaccard)
-        found.append((words, place + at))
-    words = np.concatenate([words for words, _ in found] or [np.zeros(0, np.uint64)])
-    place = np.concatenate([place for _, place in found] or [np.zeros(0, np.int64)])
+def _with_rare_words(
+    rows: Rows, bucket: Rows, sets: WordSets, jaccard: float
+) -> tuple[tuple[Rows, Rows], tuple[Rows, Rows]]:
+    """Each row once for each of its rare words, with a bucket for each word in each of the given ones: first those with
+    their very rarest words, then those with the others.
+    """
+    found = [
+        (words, place + at, rarest)
+        for at in range(0, len(rows), SOME)
+        for words, place, rarest in [sets.rare(rows[at : at + SOME], jaccard)]
+    ]
+    if not found:
+        return (rows, bucket), (rows, bucket)
+    words, place, rarest = (np.concatenate(each) for each in zip(*found, strict=True))
     order = np.lexsort((words, bucket[place]))
-    words, place = words[order], place[order]
-    return rows[place], np.cumsum(_begins(words, bucket[place]))
+    words, place, rarest = words[order], place[order], rarest[order]
+    rows, bucket = rows[place], np.cumsum(_begins(words, bucket[place]))
+    return (rows[rarest], bucket[rarest]), (rows[~rarest], bucket[~rarest])

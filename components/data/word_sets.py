@@ -20,6 +20,7 @@ Rows = npt.NDArray[np.int64]
 COUNTERS = 1 << 22
 # Sets are compared so many words, or pairs, at a time: 14 bits number a pair, the other 50 are of the word's hash.
 WORDS, PAIR_BITS = 1 << 20, 14
+ROUNDING = 1e-9
 
 
 def hashed(texts: Iterable[str]) -> Iterator[tuple[Words, Rows]]:
@@ -37,29 +38,33 @@ def hashed(texts: Iterable[str]) -> Iterator[tuple[Words, Rows]]:
         words = lists.flatten().dictionary_encode()
         names = words.dictionary.to_numpy(zero_copy_only=False)
         row = np.repeat(np.arange(len(batch)), pc.list_value_length(lists).to_numpy())
-        row, code = np.divmod(np.unique(row * len(names) + words.indices.to_numpy()), len(names))
+        places = np.sort(row * len(names) + words.indices.to_numpy())
+        row, code = np.divmod(places[np.diff(places, prepend=-1) > 0], len(names))
         yield pd.util.hash_array(names, categorize=False)[code], np.bincount(row, minlength=len(batch))
 
 
 class WordSets:
     """Sets in a file, to be read at random. `add` all, then `close`, then ask.
 
-    sizes: (rows,) words of each set.
+    sizes: (rows,) words of each set.  parity: (rows,) 64 bits of each, of which every word turns one over.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb")
-        self._sizes: list[Rows] = []
+        self._sizes: list[npt.NDArray[np.int32]] = []
+        self._parity: list[Words] = []
         self._counts = np.zeros(COUNTERS, dtype=np.int64)
 
     def add(self, words: Words, sizes: Rows) -> None:
         self._file.write(words.tobytes())
         self._sizes.append(sizes.astype(np.int32))
+        self._parity.append(np.bitwise_xor.reduceat(np.uint64(1) << (words & np.uint64(63)), np.cumsum(sizes) - sizes))
         np.add.at(self._counts, self._counter(words), 1)
 
     def close(self) -> None:
         self._file.close()
         self.sizes = np.concatenate([*self._sizes, np.zeros(0, dtype=np.int32)])
+        self.parity = np.concatenate([*self._parity, np.zeros(0, dtype=np.uint64)])
         self._starts = np.cumsum(self.sizes, dtype=np.int64) - self.sizes
         self._words = (
             np.memmap(self._file.name, dtype=np.uint64, mode="r") if len(self.sizes) else np.zeros(0, np.uint64)
@@ -72,31 +77,34 @@ class WordSets:
         first = np.cumsum(sizes) - sizes
         return self._words[np.arange(len(place)) + (self._starts[rows] - first)[place]], place
 
-    def rare(self, rows: Rows, jaccard: float) -> tuple[Words, Rows]:
-        """The rarest words of some sets, so many that any two sets at `jaccard` or above share one; places as in `of`.
+    def rare(self, rows: Rows, jaccard: float) -> tuple[Words, Rows, npt.NDArray[np.bool_]]:
+        """The rarest words of some sets, the place in `rows` of each one's set, and whether it is among the very rarest.
 
-        Such sets share at least jaccard * size words of either, and the rarest of those is among the size - that + 1
-        rarest ones of both (prefix filter: Chaudhuri et al. 2006; Bayardo et al. 2007). How rare a word is, is counted
-        in a table of hashes: words that share a counter only seem more frequent; the order must be the same for all.
+        Of two sets at `jaccard` or above, one of the very rarest words of the smaller is among the rarest of the other,
+        and among the very rarest where they are equally large: they share a certain number of words at least, and so
+        the rarest of those is not far up in either (prefix filter: Bayardo et al. 2007; Xiao et al. 2008). How rare a
+        word is, is counted in a table of hashes: some only seem more frequent, but to all sets alike.
         """
         words, place = self.of(rows)
         order = np.lexsort((words, self._counts[self._counter(words)], place))
         sizes = self.sizes[rows]
-        enough = sizes - np.ceil(jaccard * sizes - 1e-9).astype(np.int64) + 1
+        shared = np.ceil(jaccard * sizes - ROUNDING).astype(np.int64)  # with a smaller set
+        shared_up = np.ceil(2 * jaccard / (1 + jaccard) * sizes - ROUNDING).astype(np.int64)  # with one not smaller
         rank = np.arange(len(place)) - (np.cumsum(sizes) - sizes)[place]
-        chosen = rank < enough[place]
-        return words[order][chosen], place[chosen]
+        chosen = rank <= (sizes - shared)[place]
+        return words[order][chosen], place[chosen], (rank <= (sizes - shared_up)[place])[chosen]
 
     def similar(self, one: Rows, other: Rows, jaccard: float) -> npt.NDArray[np.bool_]:
         """Which pairs of sets have at least this Jaccard similarity, (pairs,)."""
-        sizes = self.sizes[one], self.sizes[other]
-        found = np.minimum(*sizes) >= jaccard * np.maximum(*sizes) - 1e-9
+        words = self.sizes[one] + self.sizes[other]
+        # Each word that only one of them has turns over one bit: sets differ in as many words at least (bitmap filter).
+        different = np.bitwise_count(self.parity[one] ^ self.parity[other])
+        found = different <= (1 - jaccard) / (1 + jaccard) * words + ROUNDING
         near = np.flatnonzero(found)
-        done = 0
-        ends = np.cumsum(sizes[0][near] + sizes[1][near], dtype=np.int64)
+        ends, done = np.cumsum(words[near], dtype=np.int64), 0
         while done < len(near):
-            limit = np.searchsorted(ends, (ends[done - 1] if done else 0) + WORDS, "right")
-            part = near[done : max(done + 1, min(int(limit), done + (1 << PAIR_BITS)))]
+            limit = int(np.searchsorted(ends, (ends[done - 1] if done else 0) + WORDS, "right"))
+            part = near[done : max(done + 1, min(limit, done + (1 << PAIR_BITS)))]
             found[part] = self._compared(one[part], other[part], jaccard, exact=False)
             sure = part[found[part]]  # a part of a hash may only make sets more alike than they are
             found[sure] = self._compared(one[sure], other[sure], jaccard, exact=True)
