@@ -10,6 +10,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from components.errors import StorageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +24,7 @@ ROWS = 10_000  # that a step works on at once
 
 
 def spooled(tables: Iterable[pa.Table], schema: pa.Schema) -> Dataset:
-    """The tables below each other, columns as in the schema. Raises OSError when the disk is full."""
+    """The tables below each other, columns as in the schema. Raises StorageError when the disk is full."""
     import pyarrow as pa
     from datasets import Dataset
 
@@ -29,8 +32,17 @@ def spooled(tables: Iterable[pa.Table], schema: pa.Schema) -> Dataset:
     with tempfile.NamedTemporaryFile(prefix="adapterline-", suffix=".arrow") as file:
         with pa.ipc.new_file(file.name, schema) as writer:
             for table in tables:
-                writer.write_table(table.select(schema.names).cast(schema))
-        return Dataset(pa.ipc.open_file(pa.memory_map(file.name)).read_all())
+                fitting = table.select(schema.names).cast(schema)
+                try:
+                    writer.write_table(fitting)
+                except OSError as error:
+                    raise StorageError(
+                        f"room for rows in {tempfile.gettempdir()}",
+                        error.strerror or type(error).__name__,
+                        "free some, or set TMPDIR to a folder on a larger disk",
+                    ) from error
+        mapped = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+    return Dataset(mapped, fingerprint=uuid4().hex)  # else it hashes, and for that copies, all that is there
 
 
 def batches(table: Dataset, columns: Iterable[str] | None = None) -> Iterator[pa.Table]:
