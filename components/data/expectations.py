@@ -117,7 +117,7 @@ def _measurements(rows: Dataset, labels: Sequence[str], show_samples: bool) -> p
         for name, column in lengths.items():
             columns[column][place] = pc.utf8_length(pc.utf8_trim_whitespace(batch[name])).to_numpy()
     of_class = np.append(np.bincount(code, minlength=len(labels) + 1)[:-1], np.nan)
-    label = pd.Series(pd.Categorical.from_codes(code, [*labels, OTHER])).cat.remove_unused_categories()
+    label = pd.Series(pd.Categorical.from_codes(code, pd.Index([*labels, OTHER]))).cat.remove_unused_categories()
     frame = pd.DataFrame({"label": label, **columns, "rows_of_class": of_class[code]}, copy=False)
     if show_samples:
         table = rows.data.table

@@ -159,7 +159,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _one_type(found: set[pa.DataType]) -> pa.DataType:
-    """The type that Arrow gives a column whose parts by themselves have these. Raises ArrowInvalid when there is none."""
+    """The type that Arrow gives a column whose parts by themselves have these. Raises ArrowInvalid if there is none."""
     import pyarrow as pa
 
     kinds = found - {pa.null()} or {pa.null()}

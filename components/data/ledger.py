@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 
 from components import storage
 from components.config import Frozen
+from components.data.ids import Ids, numbers
 from components.data.split import PARTS, Split, label_codes, split_digest, table_digest
 from components.data.spool import ROWS, spooled
 from components.errors import DataError, LedgerMoved
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
 
 
@@ -157,28 +158,29 @@ def load_frozen(store: str, record: Record, folder: Path) -> Dataset:
     return table
 
 
-def learned_rows(uri: str) -> set[str]:
+def learned_rows(uri: str) -> Ids:
     """Ids of the rows that a version trained on this split has learned from: its train and validation parts."""
-    return {row for table in _columns(uri, ("train", "validation"), ["row"]) for row in table["row"].to_pylist()}
+    return Ids(_ids_and_codes(uri, ("train", "validation"))[0])
 
 
-def known_rows(record: Record) -> set[tuple[str, str]]:
-    """Id and label of every row of an accepted data set."""
-    return {
-        (row, record.labels[code])
-        for table in _columns(record.split_uri, PARTS, ["row", "label"])
-        for row, code in zip(table["row"].to_pylist(), table["label"].to_pylist(), strict=True)
-    }
+def known_rows(record: Record) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """Id of every row of an accepted data set, and which of its labels it has. (rows,) both."""
+    return _ids_and_codes(record.split_uri, PARTS)
 
 
-def _columns(uri: str, parts: Iterable[str], names: list[str]) -> Iterator[pa.Table]:
-    """Some columns of parts of a saved split."""
+def _ids_and_codes(uri: str, parts: Iterable[str]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """Columns `row` and `label` of parts of a saved split."""
     import pyarrow.parquet
 
+    ids, codes = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.int64)]
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             path = storage.download(storage.join(uri, f"{part}.parquet"), Path(folder) / f"{part}.parquet")
-            yield pyarrow.parquet.read_table(path, columns=names)
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(ROWS, columns=["row", "label"]):
+                    ids.append(numbers(batch["row"].to_pylist()))
+                    codes.append(batch["label"].to_numpy())
+    return np.concatenate(ids), np.concatenate(codes)
 
 
 def _record(uri: str) -> Record:

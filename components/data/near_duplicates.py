@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +47,7 @@ def clusters(texts: Iterable[str], jaccard: float) -> Rows:
 
 
 def _sketched(texts: Iterable[str], jaccard: float, folder: Path) -> tuple[WordSets, int]:
-    """The word sets, and the number of bands. The folder gets a file of keys for each, and one of hashes of whole sets."""
+    """The word sets, and the number of bands. The folder gets a file of keys for each, and one of hashes of sets."""
     shape = minhash.bands(jaccard)
     sets = WordSets(folder / "words")
     with ExitStack() as stack:
@@ -67,7 +68,7 @@ def _linked(cluster: Rows, rows: Rows, keys: npt.NDArray[np.uint64], sets: WordS
     begins = _begins(keys[order])
     shared = ~begins
     shared[:-1] |= ~begins[1:]
-    rows, bucket = rows[order[shared]], np.cumsum(begins)[shared]
+    rows, bucket = rows[order[shared]], np.cumsum(begins, dtype=np.int64)[shared]
     chained = ~_begins(bucket)[1:]
     cluster = _compared(cluster, rows[:-1][chained], rows[1:][chained], sets, jaccard)
 
@@ -135,7 +136,7 @@ def _pairs(cluster: Rows, some: tuple[Rows, Rows], others: tuple[Rows, Rows] | N
             yield rows[one], among[end[one] - (done[one] - number)]
 
 
-def _begins(*values: npt.NDArray[np.integer]) -> npt.NDArray[np.bool_]:
+def _begins(*values: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
     """Where a run of equal values begins, (rows,). values: (rows,) each."""
     begins = np.ones(len(values[0]), dtype=bool)
     begins[1:] = np.any([each[1:] != each[:-1] for each in values], axis=0)
@@ -158,5 +159,5 @@ def _with_rare_words(
     words, place, rarest = (np.concatenate(each) for each in zip(*found, strict=True))
     order = np.lexsort((words, bucket[place]))
     words, place, rarest = words[order], place[order], rarest[order]
-    rows, bucket = rows[place], np.cumsum(_begins(words, bucket[place]))
+    rows, bucket = rows[place], np.cumsum(_begins(words, bucket[place]), dtype=np.int64)
     return (rows[rarest], bucket[rarest]), (rows[~rarest], bucket[~rarest])

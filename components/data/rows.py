@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from components.data.ids import ID_HEX, hexed
 from components.data.spool import ROWS, batches, spooled
 from components.errors import DataError
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-# 64 bits of sha256: among five million rows the chance of any two sharing an id is below one in a million.
-ID_HEX = 16
 LONGEST_LABEL = 64
 # Rows are sorted this many, or this many bytes, at a time.
 BUCKET_ROWS, BUCKET_BYTES = 100_000, 1 << 26
@@ -70,31 +69,13 @@ def label_names(table: Dataset, declared: tuple[str, ...] | None) -> tuple[str, 
 
 
 def row_ids(table: pa.Table) -> npt.NDArray[np.uint64]:
-    """The ids of rows with `text` and [`text_pair`] as numbers, (rows,); `hexed` writes them as `row_id` does."""
+    """The ids of rows with `text` and [`text_pair`] as numbers, (rows,); `ids.hexed` writes them as `row_id` does."""
     texts = [fold(text) for text in table["text"].to_pylist()]
     if "text_pair" in table.column_names:
         pairs = map(fold, table["text_pair"].to_pylist())
         texts = [f"{text}\x1f{pair}" for text, pair in zip(texts, pairs, strict=True)]
     firsts = b"".join(hashlib.sha256(text.encode()).digest()[: ID_HEX // 2] for text in texts)
     return np.frombuffer(firsts, ">u8").astype(np.uint64)
-
-
-def hexed(ids: npt.NDArray[np.uint64]) -> pa.Array:
-    """Ids as strings of 16 hexadecimal digits, (rows,)."""
-    import pyarrow as pa
-
-    digits = pa.py_buffer(ids.astype(">u8").tobytes().hex().encode())
-    starts = np.arange(len(ids) + 1, dtype=np.int32) * ID_HEX
-    return pa.StringArray.from_buffers(len(ids), pa.py_buffer(starts), digits)
-
-
-def ids_of(table: Dataset) -> npt.NDArray[np.uint64]:
-    """The column `row` as numbers, (rows,): eight bytes a row."""
-    found = np.empty(len(table), dtype=np.uint64)
-    for number, batch in enumerate(batches(table, ["row"])):
-        digits = bytes.fromhex("".join(batch["row"].to_pylist()))
-        found[number * ROWS :][: len(batch)] = np.frombuffer(digits, ">u8")
-    return found
 
 
 def data_digest(table: Dataset) -> str:

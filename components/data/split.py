@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from components import digest
 from components.config import SplitConfig
+from components.data.ids import ids_of
 from components.data.near_duplicates import clusters
-from components.data.rows import Cleaned, ids_of
+from components.data.rows import Cleaned
 from components.data.spool import ROWS, batches, chosen
 from components.errors import DataError
 

@@ -78,7 +78,7 @@ class WordSets:
         return self._words[np.arange(len(place)) + (self._starts[rows] - first)[place]], place
 
     def rare(self, rows: Rows, jaccard: float) -> tuple[Words, Rows, npt.NDArray[np.bool_]]:
-        """The rarest words of some sets, the place in `rows` of each one's set, and whether it is among the very rarest.
+        """The rarest words of some sets, the place in `rows` of the set of each, and which are of the very rarest.
 
         Of two sets at `jaccard` or above, one of the very rarest words of the smaller is among the rarest of the other,
         and among the very rarest where they are equally large: they share a certain number of words at least, and so
@@ -99,7 +99,7 @@ class WordSets:
         words = self.sizes[one] + self.sizes[other]
         # Each word that only one of them has turns over one bit: sets differ in as many words at least (bitmap filter).
         different = np.bitwise_count(self.parity[one] ^ self.parity[other])
-        found = different <= (1 - jaccard) / (1 + jaccard) * words + ROUNDING
+        found: npt.NDArray[np.bool_] = different <= (1 - jaccard) / (1 + jaccard) * words + ROUNDING
         near = np.flatnonzero(found)
         ends, done = np.cumsum(words[near], dtype=np.int64), 0
         while done < len(near):
