@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from components.data import minhash
+from components.data.spool import room
 from components.data.word_sets import WordSets, hashed
 
 Rows = npt.NDArray[np.int64]
@@ -32,9 +33,10 @@ AT_ONCE, SOME = 1 << 20, 1 << 16  # pairs, rows
 def clusters(texts: Iterable[str], jaccard: float) -> Rows:
     """Number of the cluster of each text; texts in one cluster are linked by a chain of near duplicates.
 
-    texts: (rows,).  Returns (rows,) ints; each cluster bears the number of its first row.
+    texts: (rows,).  Returns (rows,) ints; each cluster bears the number of its first row. Raises StorageError when the
+    disk is full.
     """
-    with tempfile.TemporaryDirectory(prefix="adapterline-") as name:
+    with room(), tempfile.TemporaryDirectory(prefix="adapterline-") as name:
         folder = Path(name)
         sets, bands = _sketched(texts, jaccard, folder)
         cluster = np.arange(len(sets.sizes))

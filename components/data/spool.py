@@ -7,8 +7,10 @@ however the process ends. It lies where `tempfile` puts files: where /tmp is mem
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -29,20 +31,26 @@ def spooled(tables: Iterable[pa.Table], schema: pa.Schema) -> Dataset:
     from datasets import Dataset
 
     schema = schema.remove_metadata()
-    with tempfile.NamedTemporaryFile(prefix="adapterline-", suffix=".arrow") as file:
+    with room(), tempfile.NamedTemporaryFile(prefix="adapterline-", suffix=".arrow") as file:
         with pa.ipc.new_file(file.name, schema) as writer:
             for table in tables:
-                fitting = table.select(schema.names).cast(schema)
-                try:
-                    writer.write_table(fitting)
-                except OSError as error:
-                    raise StorageError(
-                        f"room for rows in {tempfile.gettempdir()}",
-                        error.strerror or type(error).__name__,
-                        "free some, or set TMPDIR to a folder on a larger disk",
-                    ) from error
+                writer.write_table(table.select(schema.names).cast(schema))
         mapped = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
     return Dataset(mapped, fingerprint=uuid4().hex)  # else it hashes, and for that copies, all that is there
+
+
+@contextmanager
+def room() -> Iterator[None]:
+    """Turn the error of a full disk into ours, for the length of the block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = tempfile.gettempdir()
+        raise StorageError(
+            f"room for rows in {place}", "none left", "free some, or set TMPDIR to a larger disk"
+        ) from error
 
 
 def batches(table: Dataset, columns: Iterable[str] | None = None) -> Iterator[pa.Table]:
