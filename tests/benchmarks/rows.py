@@ -94,7 +94,7 @@ def _measured(step: str, folder: Path) -> tuple[dict[str, Any], int, int]:
             sizes = {line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if " kB" in line}
             anonymous = max(anonymous, sizes.get("RssAnon", 0))
             resident = max(resident, sizes.get("VmHWM", 0))
-            time.sleep(0.02)
+            time.sleep(0.2)  # to look costs time of the process that is looked at
         told = child.stdout.read() if child.stdout else ""
     if child.returncode:
         raise SystemExit(f"{step} failed")
