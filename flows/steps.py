@@ -30,7 +30,9 @@ from flows.values import Judged, Plan, Rows, Run, Trained
 log = logging.getLogger("adapterline")
 
 # A saved split answers only for the code that made it.
-SPLIT_CODE = ("data/split", "data/near_duplicates", "data/rows")
+SPLIT_CODE = tuple(
+    f"data/{part}" for part in ("split", "near_duplicates", "minhash", "word_sets", "rows", "ids", "spool")
+)
 
 
 def _can_help(task: Any, task_run: Any, state: Any) -> bool:

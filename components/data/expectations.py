@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from components.config import ValidationConfig
-from components.data.rows import row_id
+from components.data.rows import row_ids
+from components.data.spool import ROWS, batches
 from components.errors import ValidationFailed
 
 if TYPE_CHECKING:
@@ -97,24 +100,28 @@ def validate(
 
 
 def _measurements(rows: Dataset, labels: Sequence[str], show_samples: bool) -> pd.DataFrame:
+    """Numbers only, and few bytes of them a row; but with `show_samples` the texts and labels themselves."""
     import pandas as pd
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    table = rows.data.table
-    pairs = rows["text_pair"] if "text_pair" in rows.column_names else [None] * len(rows)
-    label = table["label"].to_pandas()
-    frame = pd.DataFrame(
-        {
-            "label": label.where(label.isin(list(labels)), label if show_samples else OTHER),
-            "characters": pc.utf8_length(pc.utf8_trim_whitespace(table["text"])).to_pandas(),
-            "content": [row_id(text, pair) for text, pair in zip(rows["text"], pairs, strict=True)],
-        }
-    )
-    frame["rows_of_class"] = frame.groupby("label")["label"].transform("size").where(frame["label"].isin(list(labels)))
-    if "text_pair" in rows.column_names:
-        frame["pair_characters"] = pc.utf8_length(pc.utf8_trim_whitespace(table["text_pair"])).to_pandas()
+    lengths = {"text": "characters", "text_pair": "pair_characters"}
+    lengths = {name: column for name, column in lengths.items() if name in rows.column_names}
+    columns = {column: np.empty(len(rows), dtype=np.int32) for column in lengths.values()}
+    columns["content"] = np.empty(len(rows), dtype=np.uint64)
+    code = np.empty(len(rows), dtype=np.int32)
+    for number, batch in enumerate(batches(rows)):
+        place = slice(number * ROWS, number * ROWS + len(batch))
+        columns["content"][place] = row_ids(batch)
+        code[place] = pc.fill_null(pc.index_in(batch["label"], value_set=pa.array(labels)), len(labels)).to_numpy()
+        for name, column in lengths.items():
+            columns[column][place] = pc.utf8_length(pc.utf8_trim_whitespace(batch[name])).to_numpy()
+    of_class = np.append(np.bincount(code, minlength=len(labels) + 1)[:-1], np.nan)
+    label = pd.Series(pd.Categorical.from_codes(code, pd.Index([*labels, OTHER]))).cat.remove_unused_categories()
+    frame = pd.DataFrame({"label": label, **columns, "rows_of_class": of_class[code]}, copy=False)
     if show_samples:
-        frame["text"] = table["text"].to_pandas()
+        table = rows.data.table
+        frame["label"], frame["text"] = table["label"].to_pandas(), table["text"].to_pandas()
     return frame
 
 

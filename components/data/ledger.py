@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 
 from components import storage
 from components.config import Frozen
-from components.data.split import PARTS, Split, split_digest, table_digest
+from components.data.ids import Ids, numbers
+from components.data.split import PARTS, Split, label_codes, split_digest, table_digest
+from components.data.spool import ROWS, spooled
 from components.errors import DataError, LedgerMoved
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
 
 
@@ -85,11 +88,9 @@ def accept(store: str, model: str, split: Split, data_digest: str, split_config_
     frozen = table_digest(split.frozen)
     with tempfile.TemporaryDirectory() as folder:
         split.frozen.to_parquet(path := Path(folder) / "frozen.parquet")
-        storage.write(_frozen_uri(store, frozen), path.read_bytes())
-    counts = dict.fromkeys(split.labels, 0)
-    for table in split.parts.values():
-        for code in table["label"]:
-            counts[split.labels[code]] += 1
+        storage.upload(path, _frozen_uri(store, frozen))
+    codes = np.concatenate([label_codes(table) for table in split.parts.values()])
+    counts = np.bincount(codes, minlength=len(split.labels)).tolist()
     record = Record(
         data_digest=data_digest,
         split_config_digest=split_config_digest,
@@ -97,7 +98,7 @@ def accept(store: str, model: str, split: Split, data_digest: str, split_config_
         split_uri=uri,
         frozen_digest=frozen,
         labels=split.labels,
-        rows_per_label=counts,
+        rows_per_label=dict(zip(split.labels, counts, strict=True)),
         rows_per_part={name: len(table) for name, table in split.parts.items()},
         near_duplicates=split.near_duplicates,
         accepted_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -157,28 +158,29 @@ def load_frozen(store: str, record: Record, folder: Path) -> Dataset:
     return table
 
 
-def learned_rows(uri: str) -> set[str]:
+def learned_rows(uri: str) -> Ids:
     """Ids of the rows that a version trained on this split has learned from: its train and validation parts."""
-    return {row for table in _columns(uri, ("train", "validation"), ["row"]) for row in table["row"].to_pylist()}
+    return Ids(_ids_and_codes(uri, ("train", "validation"))[0])
 
 
-def known_rows(record: Record) -> set[tuple[str, str]]:
-    """Id and label of every row of an accepted data set."""
-    return {
-        (row, record.labels[code])
-        for table in _columns(record.split_uri, PARTS, ["row", "label"])
-        for row, code in zip(table["row"].to_pylist(), table["label"].to_pylist(), strict=True)
-    }
+def known_rows(record: Record) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """Id of every row of an accepted data set, and which of its labels it has. (rows,) both."""
+    return _ids_and_codes(record.split_uri, PARTS)
 
 
-def _columns(uri: str, parts: Iterable[str], names: list[str]) -> Iterator[pa.Table]:
-    """Some columns of parts of a saved split."""
+def _ids_and_codes(uri: str, parts: Iterable[str]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    """Columns `row` and `label` of parts of a saved split."""
     import pyarrow.parquet
 
+    ids, codes = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.int64)]
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             path = storage.download(storage.join(uri, f"{part}.parquet"), Path(folder) / f"{part}.parquet")
-            yield pyarrow.parquet.read_table(path, columns=names)
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(ROWS, columns=["row", "label"]):
+                    ids.append(numbers(batch["row"].to_pylist()))
+                    codes.append(batch["label"].to_numpy())
+    return np.concatenate(ids), np.concatenate(codes)
 
 
 def _record(uri: str) -> Record:
@@ -189,11 +191,13 @@ def _record(uri: str) -> Record:
 
 
 def read_table(path: Path) -> Dataset:
-    """A Parquet file in memory: no second copy in the cache folder of `datasets`."""
+    """A Parquet file as a table on disk, which is gone with it; no copy in the cache folder of `datasets`."""
+    import pyarrow as pa
     import pyarrow.parquet
-    from datasets import Dataset
 
-    return Dataset(pyarrow.parquet.read_table(path).replace_schema_metadata(None))
+    with pyarrow.parquet.ParquetFile(path) as file:
+        parts = (pa.Table.from_batches([batch]) for batch in file.iter_batches(ROWS))
+        return spooled(parts, file.schema_arrow)
 
 
 def _folder(store: str, model: str) -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import ValidationError
 
 from components import digest, storage
 from components.config import DataConfig, Frozen
 from components.data import files, ledger, rows, sources
 from components.data.ledger import Record
+from components.data.spool import ROWS, batches
 from components.errors import StorageError
 
 if TYPE_CHECKING:
@@ -61,18 +63,36 @@ def _count(config: DataConfig, newest: Record | None) -> News:
     table = sources.read(config).table
     found = rows.data_digest(table)
     same = newest is not None and newest.data_digest == found
-    new = set() if same else _told(table) - (ledger.known_rows(newest) if newest else set())
-    return News(data_digest=found, rows=len(table), new_rows=len(new), accepted=same)
+    new = 0 if same else _new(table, newest)
+    return News(data_digest=found, rows=len(table), new_rows=new, accepted=same)
 
 
-def _told(table: Dataset) -> set[tuple[str, str]]:
-    """Id and label of every row, but for those that contradict each other: no split takes them."""
-    labels: dict[str, set[str]] = {}
-    for batch in table.iter(batch_size=10_000):
-        pairs = batch.get("text_pair") or [None] * len(batch["text"])
-        for text, pair, label in zip(batch["text"], pairs, batch["label"], strict=True):
-            labels.setdefault(rows.row_id(text, pair), set()).add(label)
-    return {(row, label) for row, found in labels.items() if len(found) == 1 for label in found}
+def _new(table: Dataset, newest: Record | None) -> int:
+    """How many ids are not in the accepted data set, or have another label there; those of texts whose labels
+    contradict each other do not count: no split takes them.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    names = pc.unique(table.data.column("label"))
+    ids, labels = np.empty(len(table), dtype=np.uint64), np.empty(len(table), dtype=np.int64)
+    for number, batch in enumerate(batches(table)):
+        place = slice(number * ROWS, number * ROWS + len(batch))
+        ids[place] = rows.row_ids(batch)
+        labels[place] = pc.index_in(batch["label"], value_set=names).to_numpy()
+    order = np.argsort(ids)
+    ids, labels = ids[order], labels[order]
+    first = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
+    sure = np.minimum.reduceat(labels, first) == np.maximum.reduceat(labels, first)
+    ids, labels = ids[first[sure]], labels[first[sure]]
+    if newest is None:
+        return len(ids)
+    known, codes = ledger.known_rows(newest)
+    order = np.argsort(known)
+    known, codes = known[order], codes[order]
+    place = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    same = pc.index_in(pa.array(newest.labels), value_set=names).fill_null(-1).to_numpy()[codes[place]] == labels
+    return int(len(ids) - ((known[place] == ids) & same).sum())
 
 
 def _listing(config: DataConfig) -> str | None:
