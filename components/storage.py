@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,21 +73,24 @@ def write(uri: str, content: bytes, *, if_absent: bool = False) -> bool:
     """Write one object. With `if_absent`, False when it was there already: one winner among racing writers."""
     if is_s3(uri):
         return _put(uri, content, if_absent)
-    path = Path(uri)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
-            fresh = Path(folder) / path.name
-            fresh.write_bytes(content)
-            if if_absent:
-                os.link(fresh, path)  # refused when the name is taken
-            else:
-                fresh.replace(path)
+        _place(Path(uri), lambda fresh: fresh.write_bytes(content), if_absent)
     except OSError as error:
-        if if_absent and isinstance(error, FileExistsError) and path.is_file():
+        if if_absent and isinstance(error, FileExistsError) and Path(uri).is_file():
             return False
         raise _unwritable(uri, error) from error
     return True
+
+
+def _place(path: Path, fill: Callable[[Path], object], if_absent: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=UNFINISHED) as folder:
+        fresh = Path(folder) / path.name
+        fill(fresh)
+        if if_absent:
+            os.link(fresh, path)  # refused when the name is taken
+        else:
+            fresh.replace(path)
 
 
 def exists(uri: str) -> bool:
@@ -172,7 +176,10 @@ def upload_folder(folder: Path, uri: str, last: str) -> None:
 def upload(path: Path, uri: str) -> None:
     """Copy one local file: readers see it whole or not at all."""
     if not is_s3(uri):
-        write(uri, path.read_bytes())
+        try:
+            _place(Path(uri), lambda fresh: shutil.copyfile(path, fresh))
+        except OSError as error:
+            raise _unwritable(uri, error) from error
         return
     bucket, key = parts(uri)
     with translated(uri), path.open("rb") as file:

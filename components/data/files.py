@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+BLOCK = 1 << 24  # bytes of JSON lines parsed at once
 # Arrow ends "Row #3: Expected 2 columns, got 3: …" with the row itself, which no message of ours may hold.
 QUOTED_ROW = re.compile(r"got \d+: .*", re.DOTALL)
 
@@ -36,8 +38,8 @@ def listing(source: str) -> list[Entry]:
     return [found] if found else []
 
 
-def read(source: str, columns: Columns) -> dict[str, pa.Table]:
-    """The configured columns of every file, by its name.
+def read(source: str, columns: Columns) -> Iterator[tuple[str, pa.Table]]:
+    """The configured columns of every file, some rows at a time, each with the name of its file.
 
     Raises DataError when there is none, or one is empty, damaged, not UTF-8, lacks a column or is of another format
     than the others; StorageError when S3 refuses.
@@ -46,13 +48,12 @@ def read(source: str, columns: Columns) -> dict[str, pa.Table]:
         if not is_folder(source):
             name = source.rsplit("/", 1)[-1]
             path = storage.download(source, Path(folder) / name) if storage.is_s3(source) else Path(source)
-            return {name: _file(path, name, columns)}
-        tables = {}
+            yield from _file(path, name, columns)
+            return
         for name in _of_one_format(source):
             fetched = Path(folder) / f"file{''.join(Path(name).suffixes[-2:])}"
-            tables[name] = _file(storage.download(storage.join(source, name), fetched), name, columns)
+            yield from _file(storage.download(storage.join(source, name), fetched), name, columns)
             fetched.unlink(missing_ok=True)
-        return tables
 
 
 def is_folder(source: str) -> bool:
@@ -88,7 +89,7 @@ def _form(name: str) -> str | None:
     return FORMATS.get(suffixes[-1] if suffixes else "")
 
 
-def _file(path: Path, name: str, columns: Columns) -> pa.Table:
+def _file(path: Path, name: str, columns: Columns) -> Iterator[tuple[str, pa.Table]]:
     import pyarrow as pa
 
     if not path.is_file():
@@ -98,31 +99,80 @@ def _file(path: Path, name: str, columns: Columns) -> pa.Table:
         raise DataError(f"a file ending in {', '.join(FORMATS)}", name, "convert or rename it")
     if path.stat().st_size == 0:
         raise DataError("rows", f"an empty file, {name}", "check what wrote it")
+    rows = 0
     try:
-        table = _parse(path, name, form, columns)
-        table.validate(full=True)  # only the CSV reader looks whether text is UTF-8
+        for batch in _parse(path, name, form, columns):
+            batch.validate(full=True)  # only the CSV reader looks whether text is UTF-8
+            rows += len(batch)
+            yield name, pa.Table.from_batches([batch])
     except (pa.ArrowInvalid, OSError) as error:
         raise _damaged(path, name, form, error) from None  # Arrow's message quotes the row
-    return table
+    if not rows:
+        raise DataError("rows", f"none in {name}", "check what wrote it")
 
 
-def _parse(path: Path, name: str, form: str, columns: Columns) -> pa.Table:
-    import pyarrow as pa
-    import pyarrow.json
+def _parse(path: Path, name: str, form: str, columns: Columns) -> Iterator[pa.RecordBatch]:
     import pyarrow.parquet
 
     if form == "parquet":
         with pyarrow.parquet.ParquetFile(path) as file:
             names = wanted(columns, file.schema_arrow.names, name)
-            return pyarrow.parquet.read_table(path, columns=names).select(names)
-    if form == "jsonl":
-        with pa.input_stream(path, compression="detect") as stream:
-            table = pyarrow.json.read_json(stream, parse_options=pyarrow.json.ParseOptions(newlines_in_values=False))
-        return table.select(wanted(columns, table.column_names, name))
-    return _delimited(path, name, "\t" if form == "tsv" else ",", columns)
+            yield from (batch.select(names) for batch in file.iter_batches(columns=names))
+    elif form == "jsonl":
+        yield from _json_lines(path, name, columns)
+    else:
+        yield from _delimited(path, name, "\t" if form == "tsv" else ",", columns)
 
 
-def _delimited(path: Path, name: str, delimiter: str, columns: Columns) -> pa.Table:
+def _json_lines(path: Path, name: str, columns: Columns) -> Iterator[pa.RecordBatch]:
+    """Read twice: a column has one type in the whole file, and which one only its last line may tell."""
+    import pyarrow as pa
+    from pyarrow import json
+
+    found: dict[str, set[pa.DataType]] = {}
+    for block in _lines(path):
+        parsing = json.ParseOptions(newlines_in_values=False)
+        for field in json.read_json(pa.BufferReader(block), parse_options=parsing).schema:
+            found.setdefault(field.name, set()).add(field.type)
+    if not found:
+        raise pa.ArrowInvalid("empty")
+    schema = pa.schema([(each, _one_type(found[each])) for each in wanted(columns, list(found), name)])
+    parsing = json.ParseOptions(schema, newlines_in_values=False, unexpected_field_behavior="ignore")
+    for block in _lines(path):
+        yield from json.read_json(pa.BufferReader(block), parse_options=parsing).to_batches()
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Whole lines, some at a time."""
+    import pyarrow as pa
+
+    left = b""
+    with pa.input_stream(path, compression="detect") as stream:
+        while block := stream.read(BLOCK):
+            lines, end, rest = block.rpartition(b"\n")
+            if end:
+                yield left + lines + end
+                left = b""
+            left += rest
+    if left.strip():
+        yield left
+
+
+def _one_type(found: set[pa.DataType]) -> pa.DataType:
+    """The type that Arrow gives a column whose parts by themselves have these. Raises ArrowInvalid when there is none."""
+    import pyarrow as pa
+
+    kinds = found - {pa.null()} or {pa.null()}
+    if len(kinds) == 1:
+        return kinds.pop()
+    if kinds == {pa.int64(), pa.float64()}:
+        return pa.float64()
+    if all(pa.types.is_string(kind) or pa.types.is_timestamp(kind) for kind in kinds):
+        return pa.string()  # texts that look like times by chance
+    raise pa.ArrowInvalid("a column changes its type")
+
+
+def _delimited(path: Path, name: str, delimiter: str, columns: Columns) -> Iterator[pa.RecordBatch]:
     import pyarrow as pa
     from pyarrow import csv
 
@@ -132,7 +182,7 @@ def _delimited(path: Path, name: str, delimiter: str, columns: Columns) -> pa.Ta
         header = csv.open_csv(stream, read_options=reading, parse_options=parsing).schema
     names = wanted(columns, header.names, name)
     with pa.input_stream(path, compression="detect") as stream:
-        return csv.read_csv(
+        yield from csv.open_csv(
             stream,
             read_options=reading,
             parse_options=parsing,

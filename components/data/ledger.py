@@ -13,11 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import ValidationError
 
 from components import storage
 from components.config import Frozen
-from components.data.split import PARTS, Split, split_digest, table_digest
+from components.data.split import PARTS, Split, label_codes, split_digest, table_digest
+from components.data.spool import ROWS, spooled
 from components.errors import DataError, LedgerMoved
 
 if TYPE_CHECKING:
@@ -85,11 +87,9 @@ def accept(store: str, model: str, split: Split, data_digest: str, split_config_
     frozen = table_digest(split.frozen)
     with tempfile.TemporaryDirectory() as folder:
         split.frozen.to_parquet(path := Path(folder) / "frozen.parquet")
-        storage.write(_frozen_uri(store, frozen), path.read_bytes())
-    counts = dict.fromkeys(split.labels, 0)
-    for table in split.parts.values():
-        for code in table["label"]:
-            counts[split.labels[code]] += 1
+        storage.upload(path, _frozen_uri(store, frozen))
+    codes = np.concatenate([label_codes(table) for table in split.parts.values()])
+    counts = np.bincount(codes, minlength=len(split.labels)).tolist()
     record = Record(
         data_digest=data_digest,
         split_config_digest=split_config_digest,
@@ -97,7 +97,7 @@ def accept(store: str, model: str, split: Split, data_digest: str, split_config_
         split_uri=uri,
         frozen_digest=frozen,
         labels=split.labels,
-        rows_per_label=counts,
+        rows_per_label=dict(zip(split.labels, counts, strict=True)),
         rows_per_part={name: len(table) for name, table in split.parts.items()},
         near_duplicates=split.near_duplicates,
         accepted_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -189,11 +189,13 @@ def _record(uri: str) -> Record:
 
 
 def read_table(path: Path) -> Dataset:
-    """A Parquet file in memory: no second copy in the cache folder of `datasets`."""
+    """A Parquet file as a table on disk, which is gone with it; no copy in the cache folder of `datasets`."""
+    import pyarrow as pa
     import pyarrow.parquet
-    from datasets import Dataset
 
-    return Dataset(pyarrow.parquet.read_table(path).replace_schema_metadata(None))
+    with pyarrow.parquet.ParquetFile(path) as file:
+        parts = (pa.Table.from_batches([batch]) for batch in file.iter_batches(ROWS))
+        return spooled(parts, file.schema_arrow)
 
 
 def _folder(store: str, model: str) -> str:

@@ -1,4 +1,4 @@
-"""Labelled rows from wherever they are, as one Arrow table.
+"""Labelled rows from wherever they are, as one Arrow table on disk.
 
     out/tickets.csv   s3://bucket/tickets.tsv.gz   out/incoming/   s3://bucket/incoming/   files: one, or all below
     mrjunos/depression-reddit-cleaned                                            a hub data set, with a revision
@@ -10,16 +10,22 @@ The result has the columns `text`, `text_pair` (when configured), `label` and `i
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from components import storage
 from components.config import DataConfig
 from components.data import files
+from components.data.spool import batches, spooled
 from components.errors import DataError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pyarrow as pa
     from datasets import Dataset
 
@@ -44,22 +50,21 @@ def read(config: DataConfig) -> Rows:
     or with repeated ids; StorageError when S3 refuses.
     """
     import pyarrow as pa
-    from datasets import Dataset
 
     revision = None
     if config.source.startswith("vader:"):
         from components.data import vader
 
-        tables = {config.source: vader.read(config.source.removeprefix("vader:"))}
+        read_ = iter([(config.source, vader.read(config.source.removeprefix("vader:")))])
     elif is_file(config.source):
-        tables = files.read(config.source, config.columns)
+        read_ = files.read(config.source, config.columns)
     else:
-        table, revision = _hub(config)
-        tables = {config.source: table}
-    table = pa.concat_tables(_checked(table, config, name if len(tables) > 1 else "") for name, table in tables.items())
-    if config.columns.id and "id" in table.column_names:
-        _unique(table["id"], config.columns.id)
-    return Rows(Dataset(table), config.source, revision)
+        read_, revision = _hub(config)
+    renamed = _renamed(config)
+    table = spooled(_checked(read_, renamed, config), pa.schema([(name, pa.string()) for name in renamed]))
+    if "id" in renamed:
+        _unique(table.data.column("id"), renamed["id"])
+    return Rows(table, config.source, revision)
 
 
 def is_file(source: str) -> bool:
@@ -72,7 +77,7 @@ def is_file(source: str) -> bool:
     )
 
 
-def _hub(config: DataConfig) -> tuple[pa.Table, str]:
+def _hub(config: DataConfig) -> tuple[Iterator[tuple[str, pa.Table]], str]:
     """A hub data set through its snapshot: works offline once it is in the hub's cache; runs no code of others."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -95,11 +100,12 @@ def _hub(config: DataConfig) -> tuple[pa.Table, str]:
             type(error).__name__,
             "set data.part to one it has, and check that its files are whole",
         ) from None  # the reader's message may quote a row
+    if len(data) == 0:
+        raise DataError("rows", f"none in {config.source}", "check what wrote it")
     names = _label_names(data, config.columns.label)
-    table = data.with_format("arrow")[:].select(files.wanted(config.columns, data.column_names, config.source))
-    if names:
-        table = _named(table, config.columns.label, names)
-    return table, folder.name
+    chosen = files.wanted(config.columns, data.column_names, config.source)
+    parts = ((config.source, _named(part, config.columns.label, names)) for part in batches(data, chosen))
+    return parts, folder.name
 
 
 def _label_names(data: Dataset, column: str) -> list[str] | None:
@@ -109,29 +115,48 @@ def _label_names(data: Dataset, column: str) -> list[str] | None:
     return list(feature.names) if isinstance(feature, ClassLabel) else None
 
 
-def _named(table: pa.Table, column: str, names: list[str]) -> pa.Table:
+def _named(table: pa.Table, column: str, names: list[str] | None) -> pa.Table:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if names is None:
+        return table
     codes = table[column].combine_chunks()
     labels = pa.array(names).take(pc.if_else(pc.less(codes, 0), None, codes))  # the hub writes -1 for "no label"
     return table.set_column(table.column_names.index(column), column, labels)
 
 
-def _checked(table: pa.Table, config: DataConfig, file: str) -> pa.Table:
-    """The same rows under our column names, as strings. `file` is named in errors when it is one of several."""
-    import pyarrow as pa
-
-    place = f" of {file}" if file else ""
-    if table.num_rows == 0:
-        raise DataError("rows", f"none in {file or config.source}", "check what wrote it")
+def _renamed(config: DataConfig) -> dict[str, str]:
+    """Our column names, and those of the source."""
+    if config.source.startswith("vader:"):
+        return {"text": "text", "label": "label"}
     given = config.columns
     renamed = {"text": given.text, "text_pair": given.text_pair, "label": given.label, "id": given.id}
-    if config.source.startswith("vader:"):
-        renamed = {"text": "text", "label": "label"}
-    columns = {ours: _strings(table[theirs], f"{theirs}{place}") for ours, theirs in renamed.items() if theirs}
-    columns["label"] = _labels(columns["label"], config.labels or (), f"{renamed['label']}{place}")
-    return pa.table(columns)
+    return {ours: theirs for ours, theirs in renamed.items() if theirs}
+
+
+def _checked(read_: Iterator[tuple[str, pa.Table]], renamed: dict[str, str], config: DataConfig) -> Iterator[pa.Table]:
+    """The same rows under our column names, as strings. A file that is one of several is named in errors."""
+    import pyarrow as pa
+
+    several = is_file(config.source) and files.is_folder(config.source)
+    for file, tables in groupby(read_, key=itemgetter(0)):
+        place = f" of {file}" if several else ""
+        rows = missing = first = 0
+        for _, table in tables:
+            columns = {ours: _strings(table[theirs], f"{theirs}{place}") for ours, theirs in renamed.items()}
+            columns["label"], absent = _labels(columns["label"], config.labels or ())
+            if not missing and absent.any():
+                first = rows + int(absent.argmax()) + 1
+            missing += int(absent.sum())
+            rows += len(table)
+            yield pa.table(columns)
+        if missing:
+            raise DataError(
+                f"a label in every row of column {renamed['label']}{place}",
+                f"{missing} rows without one, the first at row {first}",
+                "label or remove them",
+            )
 
 
 def _strings(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
@@ -153,24 +178,17 @@ def _strings(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     return pc.fill_null(column.cast(pa.string()), "")
 
 
-def _labels(column: pa.ChunkedArray, declared: tuple[str, ...], name: str) -> pa.ChunkedArray:
+def _labels(column: pa.ChunkedArray, declared: tuple[str, ...]) -> tuple[pa.ChunkedArray, npt.NDArray[np.bool_]]:
+    """Labels without white space around them, and which rows have none. Both (rows,)."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     column = pc.utf8_trim_whitespace(column)
     absent = pa.array([value for value in NO_VALUE if value not in declared])
     missing = pc.is_in(pc.utf8_lower(column), value_set=absent)
-    count = pc.sum(missing).as_py() or 0
     if declared:
         missing = pc.and_(missing, pc.invert(pc.is_in(column, value_set=pa.array(declared))))
-        count = pc.sum(missing).as_py() or 0
-    if count:
-        raise DataError(
-            f"a label in every row of column {name}",
-            f"{count} rows without one, the first at row {_first(missing)}",
-            "label or remove them",
-        )
-    return column
+    return column, missing.to_numpy()
 
 
 def _unique(column: pa.ChunkedArray, name: str) -> None:
@@ -183,10 +201,3 @@ def _unique(column: pa.ChunkedArray, name: str) -> None:
             f"{repeated} repeated ids",
             "correct the ids or data.columns.id",
         )
-
-
-def _first(mask: Any) -> int:
-    """Number of the first true row, counted from 1."""
-    import pyarrow.compute as pc
-
-    return int(pc.index(mask, True).as_py()) + 1

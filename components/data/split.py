@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ import numpy.typing as npt
 from components import digest
 from components.config import SplitConfig
 from components.data.near_duplicates import clusters
-from components.data.rows import Cleaned
+from components.data.rows import Cleaned, ids_of
+from components.data.spool import ROWS, batches, chosen
 from components.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class Split:
     def parts(self) -> dict[str, Dataset]:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Digest of which rows are in which part, with their texts and labels."""
         return split_digest(self.parts, self.labels)
@@ -76,79 +78,95 @@ def split(cleaned: Cleaned, config: SplitConfig, frozen: Dataset | None = None) 
     from datasets import concatenate_datasets
 
     rows = cleaned.table
-    known = set(rows["row"])
-    ghosts = frozen.filter(lambda row: row not in known, input_columns="row") if frozen is not None else None
-    earlier = set(frozen["row"]) if frozen is not None else set()
+    ids = ids_of(rows)
+    earlier = np.sort(ids_of(frozen)) if frozen is not None else np.zeros(0, dtype=np.uint64)
+    held_out = rows.data.schema.remove(rows.column_names.index("label"))
+    ghosts = chosen(frozen, ~np.isin(ids_of(frozen), ids), held_out) if frozen is not None else None
     haunting = [ghosts] if ghosts is not None else []
     cluster = clusters(chain.from_iterable(map(_texts, [rows, *haunting])), config.near_duplicate_jaccard)
     is_frozen = np.ones(len(cluster), dtype=bool)
-    is_frozen[: len(rows)] = [row in earlier for row in rows["row"]]
-    part = assign(rows["row"], np.asarray(rows["label"]), cluster, is_frozen, config)
-    train, validation, test = (rows.select(np.flatnonzero(part == code)) for code in range(3))
+    is_frozen[: len(rows)] = np.isin(ids, earlier)
+    part = assign(ids, label_codes(rows), cluster, is_frozen, config)
+    train, validation, test = (chosen(rows, part == code, rows.data.schema) for code in range(3))
     _require_every_class({"train": train, "validation": validation, "test": test}, cleaned.labels)
-    held_out = test.remove_columns("label")
+    frozen = test.remove_columns("label")
     return Split(
         train=train,
         validation=validation,
         test=test,
-        frozen=concatenate_datasets([held_out, ghosts]) if ghosts is not None and len(ghosts) else held_out,
+        frozen=concatenate_datasets([frozen, ghosts]) if ghosts is not None and len(ghosts) else frozen,
         labels=cleaned.labels,
         near_duplicates=len(rows) - len(np.unique(cluster[: len(rows)])),
     )
 
 
 def assign(
-    row_ids: Sequence[str],
+    row_ids: npt.NDArray[np.uint64],
     labels: npt.NDArray[np.int64],
     cluster: npt.NDArray[np.int64],
     is_frozen: npt.NDArray[np.bool_],
     config: SplitConfig,
-) -> npt.NDArray[np.int64]:
+) -> npt.NDArray[np.int8]:
     """Part (0 train, 1 validation, 2 test) of each row.
 
     row_ids, labels: (rows,).  cluster, is_frozen: (rows + ghosts,), ghosts being frozen rows that are not in the data.
+    A cluster bears the number of its first row, whose label and id stand for it.
     """
-    part = np.full(len(row_ids), TRAIN, dtype=np.int64)
-    held_out = set(cluster[is_frozen].tolist())
-    members: dict[int, list[int]] = {}
-    for row, number in enumerate(cluster[: len(row_ids)].tolist()):
-        members.setdefault(number, []).append(row)
-    strata: dict[int, list[list[int]]] = {}
-    for rows in members.values():
-        strata.setdefault(int(labels[rows[0]]), []).append(rows)
-
-    for groups in strata.values():
-        total = sum(len(rows) for rows in groups)
+    size = np.bincount(cluster[: len(row_ids)], minlength=len(cluster))
+    is_held_out = np.zeros(len(cluster), dtype=bool)
+    is_held_out[cluster[is_frozen]] = True
+    part = np.full(len(cluster), TRAIN, dtype=np.int8)  # of each cluster
+    heads = np.flatnonzero(size)
+    for label in np.unique(labels[heads]):
+        mine = heads[labels[heads] == label]
+        total = int(size[mine].sum())
         wanted = {TEST: round(config.test * total), VALIDATION: round(config.validation * total)}
-        for rows in groups:
-            if int(cluster[rows[0]]) in held_out:
-                part[rows] = TEST
-                wanted[TEST] -= len(rows)
-        free = (rows for rows in groups if int(cluster[rows[0]]) not in held_out)
-        for rows in sorted(free, key=lambda rows: _order(row_ids[rows[0]], config.seed)):
-            for code in (TEST, VALIDATION):
-                if len(rows) <= wanted[code]:
-                    part[rows] = code
-                    wanted[code] -= len(rows)
-                    break
-    return part
+        part[mine[is_held_out[mine]]] = TEST
+        wanted[TEST] -= int(size[mine[is_held_out[mine]]].sum())
+        free = mine[~is_held_out[mine]]
+        free = free[np.argsort(_order(row_ids[free], config.seed), kind="stable")]
+        for start in range(0, len(free), ROWS):
+            heads_now = free[start : start + ROWS]
+            for head, rows in zip(heads_now.tolist(), size[heads_now].tolist(), strict=True):
+                for code in (TEST, VALIDATION):
+                    if rows <= wanted[code]:
+                        part[head] = code
+                        wanted[code] -= rows
+                        break
+            if max(wanted.values()) <= 0:
+                break
+    return part[cluster[: len(row_ids)]]
 
 
-def _order(row: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}:{row}".encode()).digest()
+def _order(row_ids: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
+    """By which clusters are dealt out, (rows,): the first 8 bytes of a hash."""
+    order = np.empty(len(row_ids), dtype=np.uint64)
+    for start in range(0, len(order), ROWS):
+        names = (f"{seed}:{row:016x}" for row in row_ids[start : start + ROWS].tolist())
+        hashes = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
+        order[start : start + ROWS] = np.frombuffer(hashes, ">u8")
+    return order
+
+
+def label_codes(table: Dataset) -> npt.NDArray[np.int64]:
+    """The column `label` of a table on disk, (rows,)."""
+    labels: npt.NDArray[np.int64] = table.data.column("label").to_numpy()
+    return labels
 
 
 def _texts(table: Dataset) -> Iterator[str]:
     """Each row's text, with its pair, batch by batch."""
-    for batch in table.iter(batch_size=10_000):
-        yield from map(" ".join, zip(batch["text"], batch.get("text_pair", [""] * len(batch["text"])), strict=True))
+    names = [name for name in ("text", "text_pair") if name in table.column_names]
+    for batch in batches(table, names):
+        texts = (batch[name].to_pylist() for name in names)
+        yield from map(" ".join, zip(*texts, strict=True))
 
 
 def _require_every_class(parts: dict[str, Dataset], labels: Sequence[str]) -> None:
     lacking = [
         f"{name} lacks {', '.join(labels[code] for code in missing)}"
         for name, table in parts.items()
-        if (missing := sorted(set(range(len(labels))) - set(table["label"])))
+        if (missing := sorted(set(range(len(labels))) - set(np.unique(label_codes(table)).tolist())))
     ]
     if lacking:
         raise DataError("every class in every part of the split", "; ".join(lacking), "add rows of those classes")

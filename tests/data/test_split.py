@@ -178,7 +178,7 @@ def test_new_rows_are_held_out_too_once_the_test_part_has_room(earlier: Split) -
 @pytest.mark.parametrize("seed", range(8))
 def test_a_cluster_larger_than_a_part_is_learned_from(seed: int) -> None:
     """Rather than a test part that one family of copies makes up; wherever the seed puts it in the queue."""
-    ids = [f"{number:02d}" for number in range(20)]
+    ids = np.arange(20, dtype=np.uint64)
     cluster = np.array([0] * 10 + list(range(10, 20)))
     config = SplitConfig(validation=0.1, test=0.2, seed=seed)
     part = assign(ids, np.zeros(20, dtype=np.int64), cluster, np.zeros(20, dtype=bool), config)
