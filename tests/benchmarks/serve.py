@@ -8,8 +8,8 @@ Mixed: batches of 64 rows on MiniLM whose rows are of 1, 8 or 64 adapters in tur
 All are measured again and again by turns, so that a busy machine slows them alike; what counts are ratios of CPU
 seconds within a turn. Bar: at most 1.3 times one adapter.
 
-Stream: a process for each number of rows scores a CSV of made-up texts with an adapter on a tiny random base; its peak
-memory should not grow with the rows.
+Stream: a process of its own scores a CSV of made-up texts with an adapter on a tiny random base, as many as the largest
+of the numbers, and tells its peak memory when it passes each of them: it should not grow with the rows.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--score", nargs=3, type=Path, metavar=("BUNDLE", "SOURCE", "OUT"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.score:
-        print(json.dumps(_scored(*options.score, options.threads)))  # noqa: T201  # read by the process that started it
+        _score(*options.score, options.rows, options.threads)
         return 0
     found = json.loads(OUT.read_text()) if OUT.exists() else {}
     if options.only != "stream":
@@ -106,31 +104,32 @@ def _config(method: Any, head: tuple[str, ...]) -> Any:
 
 
 def stream(counts: list[int], threads: int) -> list[dict[str, Any]]:
-    """Rows/s and peak memory of scoring by number of rows."""
+    """Rows/s and peak memory of scoring when so many rows are done."""
     found = []
-    with tempfile.TemporaryDirectory() as name, _bundle(Path(name)) as bundle:
-        for count in counts:
-            source, out = Path(name) / "rows.csv", Path(name) / "scored.parquet"
-            made = _write(source, count)
-            command = [sys.executable, "-m", "tests.benchmarks.serve", "--threads", str(threads)]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-            done = subprocess.run([*command, "--score", str(bundle), str(source), str(out)], check=True, text=True,
-                                  stdout=subprocess.PIPE, env=environment)  # fmt: skip
-            measured = json.loads(done.stdout.splitlines()[-1])
-            assert measured["rows"] == count
-            found.append({**measured, "source_mb": made / 1e6, "threads": threads})
-            _say(f"{count:9,} rows ({made / 1e6:.0f} MB): {measured['rows_per_s']:6.0f} rows/s, "
-                 f"{measured['rows_per_cpu_s']:6.0f} a CPU second, peak {measured['peak_mb']:.0f} MB "
-                 f"({measured['loaded_mb']:.0f} MB once the model was loaded)")  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        bundle, source = _bundle(Path(name)), Path(name) / "rows.csv"
+        size = _write(source, max(counts))
+        command = [sys.executable, "-m", "tests.benchmarks.serve", "--threads", str(threads), "--rows"]
+        places = (bundle, source, Path(name) / "scored.parquet")
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        with subprocess.Popen([*command, *map(str, sorted(counts)), "--score", *map(str, places)], text=True,
+                              stdout=subprocess.PIPE, env=environment) as process:  # fmt: skip
+            for line in process.stdout or ():
+                found.append({**json.loads(line), "threads": threads})
+                last = found[-1]
+                _say(f"{last['rows']:9,} rows: {last['rows_per_s']:6.0f} rows/s, {last['rows_per_cpu_s']:6.0f} a CPU "
+                     f"second, peak {last['peak_mb']:.0f} MB ({last['loaded_mb']:.0f} MB once loaded)")  # fmt: skip
+        if process.returncode != 0:
+            raise SystemExit(process.returncode)
+    _say(f"the source has {size / 1e6:.0f} MB")
     return found
 
 
-@contextmanager
-def _bundle(folder: Path) -> Iterator[Path]:
+def _bundle(folder: Path) -> Path:
     from tests.conftest import make_base
     from tests.training.toy_jobs import finished, saved_split
 
-    yield finished(make_base(folder / "base"), saved_split(folder / "split"), "pfeiffer", folder / "bundle", epochs=1)
+    return finished(make_base(folder / "base"), saved_split(folder / "split"), "pfeiffer", folder / "bundle", epochs=1)
 
 
 def _write(path: Path, count: int) -> int:
@@ -145,8 +144,8 @@ def _write(path: Path, count: int) -> int:
     return path.stat().st_size
 
 
-def _scored(bundle: Path, source: Path, out: Path, threads: int) -> dict[str, float]:
-    """In this process, which does nothing else."""
+def _score(bundle: Path, source: Path, out: Path, counts: list[int], threads: int) -> None:
+    """In this process, which does nothing else: a line when it passes each of the counts."""
     import resource
 
     import torch
@@ -156,12 +155,20 @@ def _scored(bundle: Path, source: Path, out: Path, threads: int) -> dict[str, fl
     torch.set_num_threads(threads)
     config = settings.parsed(models=(str(bundle),), source=str(source), out=str(out))
     chosen = models.loaded(config.models)
-    loaded, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    done = scoring.score(config, chosen, lambda progress: None)
-    cpu = time.process_time() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"rows": done.rows, "rows_per_s": done.rows_per_s, "rows_per_cpu_s": done.rows / cpu,
-            "loaded_mb": loaded / 1024, "peak_mb": peak / 1024}  # fmt: skip
+    loaded, begin, left = _peak(resource), time.process_time(), sorted(counts)
+
+    def passed(done: scoring.Progress) -> None:
+        if left and done.rows >= left[0]:
+            left.pop(0)
+            cpu = time.process_time() - begin
+            _say(json.dumps({"rows": done.rows, "rows_per_s": done.rows_per_s, "rows_per_cpu_s": done.rows / cpu,
+                             "loaded_mb": loaded, "peak_mb": _peak(resource)}))  # fmt: skip
+
+    assert scoring.score(config, chosen, passed).rows == max(counts)
+
+
+def _peak(resource: Any) -> float:
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024  # which Linux gives in KiB
 
 
 def _say(line: str) -> None:

@@ -123,7 +123,7 @@ def test_a_bundle_on_another_base_is_refused_by_name(bundle_of: Bundle, data: Da
     elsewhere = finished(
         make_base(tmp_path / "base", initializer_range=0.2), data, "pfeiffer", tmp_path / "b", epochs=1
     )
-    with pytest.raises(BundleError, match="for other; found .*, of first"):
+    with pytest.raises(BundleError, match=r"for other; found .*, of first"):
         fleet.load({"first": bundle_of(), "other": elsewhere})
 
 
@@ -135,7 +135,7 @@ def test_a_bundle_that_lacks_a_weight_is_refused_by_name(bundle_of: Bundle, tmp_
     weights.pop(next(iter(weights)))
     save_file(weights, folder / "adapter_model.safetensors")
     seal(folder)
-    with pytest.raises(BundleError, match="in bundle other; .*missing"):
+    with pytest.raises(BundleError, match=r"in bundle other; .*missing"):
         fleet.load({"first": bundle_of(), "other": folder})
 
 
