@@ -109,7 +109,7 @@ def _texts(window: pa.Table, name: str) -> Any:
     import pyarrow as pa
 
     kind = window.schema.field(name).type
-    if pa.types.is_null(kind):
+    if pa.types.is_null(kind) or (pa.types.is_dictionary(kind) and pa.types.is_string(kind.value_type)):
         return window[name].cast(pa.string())
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"texts in column {name}", f"{kind}", "name another column, or write it as text")

@@ -113,6 +113,12 @@ def test_a_row_without_text_has_no_answer_and_is_counted(one: Models, expected: 
     assert found["probability_good"].to_numpy()[1:99] == pytest.approx(expected[1:99, 1], abs=1e-6)
 
 
+def test_texts_may_be_encoded_as_categories(one: Models, expected: np.ndarray, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array(TEXTS).dictionary_encode()}), tmp_path / "rows.parquet")
+    found = scored(one, tmp_path / "rows.parquet", tmp_path / "out.parquet")
+    assert found["probability_good"].to_numpy() == pytest.approx(expected[:, 1], abs=1e-6)
+
+
 def test_rows_are_read_only_as_they_are_answered(one: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, ahead = 0, []
 
