@@ -11,10 +11,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from components.adapters import stacked
 from components.adapters.bottleneck import Bottleneck, Norm
 from components.adapters.config import BottleneckConfig
 from components.adapters.fusion import Fusion, make
-from components.adapters.rows import BASE, own_copy, require_rows
+from components.adapters.rows import own_copy, require_rows
 from components.adapters.step import Step
 from components.adapters.stream import Stream, remember, stand_in
 from components.errors import ConfigError
@@ -137,40 +138,71 @@ class Site(AdapterLayer):
 
     def _adapted(self, h: torch.Tensor, x: torch.Tensor, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """h', and what stands in for norm(h' + x) where the adapter comes after it."""
-        if not names:
-            return h, None
         outputs = [self._output(name, h, x) for name in names]
-        after = [self._config(name).original_ln_after for name in names]
-        if all(after):
-            changed = outputs[0] if len(outputs) == 1 else h + torch.stack([each - h for each in outputs]).sum(0)
-            return changed.to(h.dtype), None
-        if len(names) > 1:
+        if len(outputs) == 1:
+            return self._placed(outputs[0], h, x, names[0])
+        if not all(self._config(name).original_ln_after for name in names):
             raise ConfigError("one active adapter behind the layer norm", ", ".join(names), "activate one of them")
+        return (h + torch.stack([each - h for each in outputs]).sum(0)).to(h.dtype), None
+
+    def _placed(
+        self, output: torch.Tensor, h: torch.Tensor, x: torch.Tensor, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same of one adapter's output, or of several alike."""
+        if self._config(name).original_ln_after:
+            return output.to(h.dtype), None
         if self._norm_path is None:
-            return (outputs[0] - x).to(h.dtype), None
-        return h, outputs[0].to(h.dtype)
+            return (output - x).to(h.dtype), None
+        return h, output.to(h.dtype)
 
     def _mixed(self, h: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-        """h' where each row has an adapter of its own, or none."""
+        """h' where each row has an adapter of its own, or none. Adapters of one form are computed at once."""
         require_rows(names, h)
-        changed, result = h.clone(), h.clone()
-        stands_in = False
-        for name in dict.fromkeys(names):
-            rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=h.device)
-            known = [name] if name != BASE and self.carries(name) else []
-            changed[rows], after = self._adapted(h[rows], x[rows], known)
-            stands_in |= after is not None
-            norm = self._norm(name)
-            if norm:
-                result[rows] = norm(changed[rows] + x[rows]) if after is None else after
-        if stands_in and isinstance(self._parent[0].get_submodule(str(self._norm_path)), ModulesToSaveWrapper):
+        changed, behind = h.clone(), []
+        for alike, where in self._alike(names).values():
+            rows = slice(None) if len(where) == len(h) else torch.tensor(where, device=h.device)
+            output = self._output_of_rows(alike, h[rows], x[rows])
+            changed[rows], after = self._placed(output, h[rows], x[rows], alike[0])
+            if after is not None:
+                behind.append((rows, after))
+        if not behind:
+            self.stream.result = None
+            return changed
+        norm = self._parent[0].get_submodule(str(self._norm_path))
+        if isinstance(norm, ModulesToSaveWrapper):
             raise ConfigError(
                 "in one batch, adapters that train layer norms or adapters behind them",
                 ", ".join(dict.fromkeys(names)),
                 "run them one after the other",
             )
-        self.stream.result = result if stands_in else None
+        self.stream.result = _in_its_dtype(norm, changed + x)
+        for rows, after in behind:
+            self.stream.result[rows] = after
         return changed
+
+    def _alike(self, names: list[str]) -> dict[Any, tuple[list[str], list[int]]]:
+        """Names and rows of the adapters that work here, together where they are of one form."""
+        forms = {name: stacked.form(part) or name for name in dict.fromkeys(names)
+                 if self.carries(name) and (part := self._part(name)) is not None}  # fmt: skip
+        found: dict[Any, tuple[list[str], list[int]]] = {}
+        for row, name in enumerate(names):
+            if name in forms:
+                alike, rows = found.setdefault(forms[name], ([], []))
+                alike.append(name)
+                rows.append(row)
+        return found
+
+    def _output_of_rows(self, names: list[str], h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """As `_output`, of adapters of one form. names: one a row."""
+        if len(set(names)) == 1:
+            return self._output(names[0], h, x)
+        parts: list[Any] = [self._part(name) for name in names]
+        norm = self._parent[0].get_submodule(self._norm_path) if self._norm_path else None
+        if isinstance(norm, ModulesToSaveWrapper):
+            of_rows: Norm | None = partial(_in_their_dtype, [own_copy(norm, name) for name in names])
+        else:
+            of_rows = self._norm(names[0])
+        return stacked.output(parts, _like(parts[0], h), _like(parts[0], x), of_rows)
 
     def _output(self, name: str, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The adapter's output, residual included, in the adapter's own dtype unless autocast chooses."""
@@ -221,6 +253,11 @@ def _in_its_dtype(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
     dtype = next(norm.parameters()).dtype
     normed: torch.Tensor = norm(x.to(dtype))
     return normed.to(x.dtype)
+
+
+def _in_their_dtype(norms: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """The same with a norm for each row."""
+    return stacked.through(norms, x.to(next(norms[0].parameters()).dtype)).to(x.dtype)
 
 
 def _like(bottleneck: Bottleneck, x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from components.adapters.stacked import through
 from components.errors import ConfigError
 
 BASE = "__base__"  # PEFT's name for rows without an adapter
@@ -61,13 +62,4 @@ def _by_rows(
     """
     x, *rest = args
     require_rows(names, x)
-    made = {}
-    for name in dict.fromkeys(names):
-        rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
-        own = own_copy(wrapper, name)
-        made[name] = rows, own.forward(x[rows], *rest, **kwargs)  # past its hooks, which want whole batches
-    widest = max(part.shape[-1] for _, part in made.values())
-    mixed = output.new_full((*output.shape[:-1], widest), -torch.inf)
-    for rows, part in made.values():
-        mixed[rows, ..., : part.shape[-1]] = part
-    return mixed
+    return through([own_copy(wrapper, name) for name in names], x, *rest, **kwargs)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from components.errors import BaseModelError, BundleError, DataError
 from components.registry import bundle
@@ -14,18 +13,7 @@ from components.serving import classifier
 from components.serving.classifier import Classifier
 from components.training.spec import DataRef
 from tests.conftest import make_base
-from tests.training.toy_jobs import LABELS, RATES, finished, saved_split, toy_split
-
-
-@pytest.fixture(scope="module")
-def lively_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("base"), initializer_range=0.1)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> DataRef:
-    torch.set_num_threads(1)
-    return saved_split(tmp_path_factory.mktemp("split"))
+from tests.training.toy_jobs import LABELS, RATES, finished, toy_split
 
 
 @pytest.fixture(scope="module", params=RATES)

@@ -1,0 +1,212 @@
+"""Batch scoring: every row is answered, in order, some at a time; and nothing is left of what went wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from components.data import files
+from components.errors import AdapterlineError, BundleError, ConfigError, DataError, StorageError
+from components.serving import classifier, models, scoring, settings
+from components.serving.models import Models
+from components.serving.scoring import Progress, score, windows
+from tests.conftest import toy_rows, write_csv
+from tests.serving.conftest import Bundle
+
+TEXTS = [" ".join(text.split()[: 1 + number % 10]) for number, (text, _) in enumerate(toy_rows(300, seed=4))]
+ROWS = {"key": [f"k{row}" for row in range(len(TEXTS))], "text": TEXTS}
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "WINDOW_ROWS", 64)
+
+
+@pytest.fixture(scope="module")
+def one(bundle_of: Bundle) -> Models:
+    return models.loaded([str(bundle_of())])
+
+
+@pytest.fixture(scope="module")
+def expected(bundle_of: Bundle) -> np.ndarray:
+    return classifier.load(bundle_of()).probabilities(TEXTS)
+
+
+def silent(progress: Progress) -> None:
+    """A report that tells nobody."""
+
+
+def scored(chosen: Models, source: Path, out: Path, **more: str) -> pa.Table:
+    score(settings.parsed(models=("unused",), source=str(source), out=str(out), **more), chosen, silent)
+    return pq.read_table(out) if out.suffix == ".parquet" else pyarrow.csv.read_csv(out)
+
+
+def written(folder: Path, form: str) -> Path:
+    """The rows in a file of this ending; without one, in a folder of two."""
+    table, path = pa.table(ROWS), folder / f"rows.{form}"
+    if form == "folder":
+        path.mkdir()
+        for number, part in enumerate((table.slice(0, 100), table.slice(100))):
+            pq.write_table(part, path / f"{number}.parquet")
+    elif form == "parquet":
+        pq.write_table(table, path)
+    elif form == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    else:
+        options = pyarrow.csv.WriteOptions(delimiter="\t" if form == "tsv" else ",")
+        with gzip.open(path, "wb") if form.endswith("gz") else path.open("wb") as file:
+            pyarrow.csv.write_csv(table, file, options)
+    return path
+
+
+@pytest.mark.parametrize("form", ["csv", "csv.gz", "tsv", "jsonl", "parquet", "folder"])
+def test_rows_are_answered_in_their_order(form: str, one: Models, expected: np.ndarray, tmp_path: Path) -> None:
+    found = scored(one, written(tmp_path, form), tmp_path / "out.parquet", id="key")
+    assert found.column_names == ["row", "key", "label", "probability_bad", "probability_good"]
+    assert found["row"].to_pylist() == list(range(len(TEXTS)))
+    assert found["key"].to_pylist() == ROWS["key"]
+    assert found["probability_good"].to_numpy() == pytest.approx(expected[:, 1], abs=1e-6)
+    assert found["label"].to_pylist() == [("bad", "good")[code] for code in expected.argmax(axis=1)]
+
+
+def test_answers_as_csv(one: Models, expected: np.ndarray, tmp_path: Path) -> None:
+    found = scored(one, written(tmp_path, "csv"), tmp_path / "out.csv")
+    assert found["probability_bad"].to_numpy() == pytest.approx(expected[:, 0], abs=1e-6)
+
+
+def test_several_models_have_columns_each_and_share_what_they_can(bundle_of: Bundle, tmp_path: Path) -> None:
+    folders = [bundle_of("houlsby"), bundle_of("lora"), bundle_of(labels=4), bundle_of(seed=2)]
+    chosen = models.loaded([str(folder) for folder in folders])
+    assert [list(fleet.manifests) for fleet in chosen.fleets] == [["houlsby-1-2", "pfeiffer-1-4", "pfeiffer-2-2"]]
+    found = scored(chosen, written(tmp_path, "csv"), tmp_path / "out.parquet")
+    assert [name for name in found.column_names if name.endswith("_label")] == [
+        f"{each.name}_label" for each in folders
+    ]
+    for folder in folders:
+        alone = classifier.load(folder)
+        answers = [found[f"{folder.name}_probability_{label}"].to_numpy() for label in alone.labels]
+        assert np.stack(answers, axis=1) == pytest.approx(alone.probabilities(TEXTS), abs=1e-5)
+
+
+def test_pairs(one: Models, bundle_of: Bundle, tmp_path: Path) -> None:
+    seconds = TEXTS[::-1]
+    pq.write_table(pa.table({"first": TEXTS, "second": seconds}), tmp_path / "rows.parquet")
+    found = scored(one, tmp_path / "rows.parquet", tmp_path / "out.parquet", text="first", text_pair="second")
+    expected = classifier.load(bundle_of()).probabilities(TEXTS, seconds)
+    assert found["probability_good"].to_numpy() == pytest.approx(expected[:, 1], abs=1e-6)
+
+
+def test_a_row_without_text_has_no_answer_and_is_counted(one: Models, expected: np.ndarray, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": [None, *TEXTS[1:99], None]}), tmp_path / "rows.parquet")
+    config = settings.parsed(models=("m",), source=str(tmp_path / "rows.parquet"), out=str(tmp_path / "out.parquet"))
+    assert score(config, one, silent).without_text == 2
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert [row for row, label in enumerate(found["label"].to_pylist()) if label is None] == [0, 99]
+    assert found["probability_good"].to_numpy()[1:99] == pytest.approx(expected[1:99, 1], abs=1e-6)
+
+
+def test_texts_may_be_encoded_as_categories(one: Models, expected: np.ndarray, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array(TEXTS).dictionary_encode()}), tmp_path / "rows.parquet")
+    found = scored(one, tmp_path / "rows.parquet", tmp_path / "out.parquet")
+    assert found["probability_good"].to_numpy() == pytest.approx(expected[:, 1], abs=1e-6)
+
+
+def test_rows_are_read_only_as_they_are_answered(one: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, ahead = 0, []
+
+    def endless(*_: object) -> Iterator[tuple[str, pa.Table]]:
+        nonlocal read
+        for _ in range(100):
+            read += 10
+            yield "rows", pa.table({"text": TEXTS[:10]})
+
+    monkeypatch.setattr(files, "read", endless)
+    source = written(tmp_path, "csv")
+    config = settings.parsed(models=("m",), source=str(source), out=str(tmp_path / "out.parquet"))
+    score(config, one, lambda progress: ahead.append(read - progress.rows))
+    assert read == 1_000
+    assert max(ahead) <= 64 + 10
+
+
+def test_windows_are_bounded_in_rows_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "WINDOW_BYTES", 10_000)
+    tables = [pa.table({"text": ["x" * size] * rows}) for size, rows in ((3, 500), (1_000, 200), (50_000, 2), (1, 1))]
+    cut = list(windows(iter(tables)))
+    assert pa.concat_tables(cut).equals(pa.concat_tables(tables))
+    assert max(map(len, cut)) <= 64
+    assert all(len(window) == 1 or window.nbytes < 40_000 for window in cut)
+
+
+def test_progress_tells_how_much_is_left(one: Models, tmp_path: Path) -> None:
+    told: list[Progress] = []
+    config = settings.parsed(models=("m",), source=str(written(tmp_path, "parquet")), out=str(tmp_path / "out.parquet"))
+    score(config, one, told.append)
+    assert [(each.rows, each.total) for each in told][:: len(told) - 1] == [(64, 300), (300, 300)]
+    assert told[-1].eta_s == 0
+
+
+def test_what_breaks_off_leaves_the_answers_of_before(one: Models, tmp_path: Path) -> None:
+    out = tmp_path / "answers" / "out.parquet"
+    good = write_csv(tmp_path / "good.csv", toy_rows(10))
+    before = scored(one, good, out)
+    bad = tmp_path / "bad.csv"
+    bad.write_text("text,label\n" + "word1 lovely,good\n" * 100_000 + "secret,one,too,many\n")
+    with pytest.raises(DataError, match="malformed") as raised:
+        scored(one, bad, out)
+    assert "secret" not in str(raised.value)
+    assert pq.read_table(out).equals(before)
+    assert [path.name for path in out.parent.iterdir()] == ["out.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "words"),
+    [
+        ({"text": ["a"]}, DataError, "columns body in rows.parquet; found"),
+        ({"body": [3]}, DataError, "texts in column body; found int64"),
+        ({"body": pa.array([], pa.string())}, DataError, "rows; found none"),
+    ],
+)
+def test_rows_that_are_no_texts_are_refused(
+    content: dict[str, object], kind: type[AdapterlineError], words: str, one: Models, tmp_path: Path
+) -> None:
+    pq.write_table(pa.table(content), tmp_path / "rows.parquet")
+    with pytest.raises(kind, match=words):
+        scored(one, tmp_path / "rows.parquet", tmp_path / "out.parquet", text="body")
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_a_row_is_read(one: Models, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="a place to write"):
+        scored(one, tmp_path / "no such source.csv", tmp_path / "file" / "out.parquet")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"out": "scored.xlsx"}, "out must end in .parquet or .csv"),
+        ({"out": "rows.csv"}, "out must not be the source"),
+        ({"id": "text"}, "must be different columns"),
+        ({"models": ()}, "models"),
+        ({"modles": ("m",)}, "modles"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_told_in_one_line(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as raised:
+        settings.parsed(**{"models": ("m",), "source": "rows.csv", "out": "scored.csv", **changes})
+    assert "\n" not in str(raised.value)
+
+
+def test_models_that_are_not_there_or_named_twice_are_refused(bundle_of: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="a complete bundle at"):
+        models.loaded([str(tmp_path)])
+    with pytest.raises(ConfigError, match="different models"):
+        models.loaded([str(bundle_of()), str(bundle_of())])
