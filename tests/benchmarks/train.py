@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from components import base_model, digest
 from components.config import BaseConfig
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         _say(f"{number} of {len(wanted)}: {RIVALS[name].title}, {epochs} epochs, seed {seed}")
         for precision in ("float32", "bfloat16"):
-            record.peak(precision, work.peak(precision, setup.threads))
+            record.peak(precision, work.peak(precision, torch.device("cpu"), setup.threads))
         sample = run(name, setup, epochs, seed, out / "runs" / f"{name}-{seed}-{repeat}")
         record.add(sample, *what)
         _say("    " + ", ".join(f"{epoch['seconds']:.1f} s: {epoch['accuracy']:.1%}" for epoch in sample["epochs"]))
@@ -81,7 +81,7 @@ class Record:
         about = {**asdict(setup), "python": "", "data": {"digest": setup.data.digest}}
         self.setup = digest.of_json(about)[:16]
         self.content: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {"samples": [], "peaks": {}}
-        self.content |= {"setup": about, "machine": _machine()}
+        self.content |= {"setup": about, "machine": work.name_of(torch.device("cpu"))}
 
     def has(self, name: str, epochs: int, seed: int, repeat: int) -> bool:
         return self.sample(name, epochs, seed, repeat) is not None
@@ -141,7 +141,7 @@ def _report(record: Record, wanted: list[tuple[str, int, int, int]], setup: Setu
         "standings": {name: asdict(each) for name, each in found.items()},
     }
     record.save()
-    title = f"{len(lengths):,} training rows, {setup.threads} threads, {record.content['machine']['cpu']}"
+    title = f"{len(lengths):,} training rows, {setup.threads} threads, {record.content['machine']}"
     standings.plot(by_rival, title, out / "train.png")
     peaks = ", ".join(
         f"{best / 1e9:,.0f} GFLOPS {name}" for name in ("float32", "bfloat16") if (best := record.best_peak(name))
@@ -201,17 +201,9 @@ def _base_config(name: str) -> Any:
 
 
 def _bf16() -> bool:
-    import torch
-
     from components.training.precision import arithmetic
 
     return arithmetic(torch.device("cpu"), "auto").low
-
-
-def _machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return {"cpu": model or platform.processor(), "cores": work.cores(), "load": os.getloadavg()}
 
 
 def _say(line: str) -> None:

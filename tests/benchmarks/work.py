@@ -19,10 +19,15 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-SIDES = (1024, 2048, 4096)  # of square matrices; which one is fastest depends on the caches
+if TYPE_CHECKING:
+    import torch
+
+SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}  # of square matrices; caches decide which is fastest
 MEASURE_S = 2.0
 
 
@@ -62,23 +67,43 @@ def owed(shape: Shape, lengths: np.ndarray, epochs: int) -> float:
     return float((epochs * each + once).sum())
 
 
-def peak(precision: str, threads: int) -> float:
-    """Operations a second of torch.mm in fp32 or bf16, the best of several sizes and tries."""
+def peak(precision: str, device: torch.device, threads: int | None = None) -> float:
+    """Operations a second of torch.mm in `float32` or `bfloat16`, the best of several sizes and tries."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or before)
     best = 0.0
-    for side in SIDES:
-        left, right = (torch.randn(side, side, dtype=getattr(torch, precision)) for _ in range(2))
+    for side in SIDES[device.type]:
+        left, right = (torch.randn(side, side, device=device).to(getattr(torch, precision)) for _ in range(2))
         torch.mm(left, right)
+        synchronise(device)
         until = time.perf_counter() + MEASURE_S
         while time.perf_counter() < until:
             begin = time.perf_counter()
             torch.mm(left, right)
+            synchronise(device)
             best = max(best, 2 * side**3 / (time.perf_counter() - begin))
     torch.set_num_threads(before)
     return best
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def name_of(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return f"{model}, {cores()} cores"
 
 
 def cores() -> int:
