@@ -18,7 +18,7 @@ from components import base_model
 from components.config import BaseConfig, TrainingConfig
 from components.methods import LearningRates, Schedule, settings_of
 from components.training.spec import JobSpec, Limits, code_version
-from tests.benchmarks.rows import Prepared
+from tests.benchmarks.prepared import Prepared
 
 TRAINER = Path(__file__).with_name("trainer.py")
 

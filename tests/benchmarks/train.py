@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ import torch
 from components import base_model, digest
 from components.config import BaseConfig
 from components.training.spec import code_version
-from tests.benchmarks import peer, rows, standings, work
+from tests.benchmarks import peer, prepared, standings, work
 from tests.benchmarks.rivals import RIVALS, Setup, run
 
 BOTTLENECK = 16  # reduction factor
@@ -33,14 +34,15 @@ BOTTLENECK = 16  # reduction factor
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training under way ends too
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     config = _base_config(options.base)
-    data = rows.source(options.data, options.text, options.label)
-    prepared = rows.prepare(data, options.base, options.rows, options.test_rows, options.max_tokens, out / "data")
+    data = prepared.source(options.data, options.text, options.label)
+    shared = prepared.prepare(data, options.base, options.rows, options.test_rows, options.max_tokens, out / "data")
     needs_peer = any(RIVALS[name].runs == "peer" for name in options.variants)
     setup = Setup(
-        data=prepared,
+        data=shared,
         base=options.base,
         layers=config.num_hidden_layers,
         max_tokens=options.max_tokens,
