@@ -45,9 +45,7 @@ class Prepared:
 
 
 def source(name: str | None, text: str, label: str) -> DataConfig:
-    """A preset's data, a file's, or the posts of the first experiment where they lie beside the checkout."""
-    if name is None and not DEPRESSION.is_file():
-        raise SystemExit(f"skipped: expected {DEPRESSION}; found none; pass --data FILE or --data tweets")
+    """A preset's data, a file's, or the posts of the first experiment."""
     if name is not None and not Path(name).is_file():
         return load_preset(name).data
     columns = {"text": text, "label": label} if name else {"label": "is_depressive"}

@@ -35,6 +35,9 @@ BOTTLENECK = 16  # reduction factor
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training under way ends too
+    if options.data is None and not prepared.DEPRESSION.is_file():
+        _say(f"skipped: expected {prepared.DEPRESSION}; found none; pass --data FILE, or a preset: --data tweets")
+        return 0
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     config = _base_config(options.base)
@@ -61,13 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
         for name in options.variants
         if options.only_seed.get(name, seed) == seed
     ]
+    measured = None
     for number, what in enumerate(wanted, 1):
         name, epochs, seed, repeat = what
         if record.has(*what):
             continue
         _say(f"{number} of {len(wanted)}: {RIVALS[name].title}, {epochs} epochs, seed {seed}")
-        for precision in ("float32", "bfloat16"):
-            record.peak(precision, work.peak(precision, torch.device("cpu"), setup.threads))
+        if what[2:] != measured:  # once a round
+            measured = what[2:]
+            for precision in ("float32", "bfloat16"):
+                record.peak(precision, work.peak(precision, torch.device("cpu"), setup.threads))
         sample = run(name, setup, epochs, seed, out / "runs" / f"{name}-{seed}-{repeat}")
         record.add(sample, *what)
         _say("    " + ", ".join(f"{epoch['seconds']:.1f} s: {epoch['accuracy']:.1%}" for epoch in sample["epochs"]))
