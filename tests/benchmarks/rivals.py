@@ -163,4 +163,9 @@ def _of_job(folder: Path, setup: Setup, whole: dict[str, float]) -> dict[str, An
         for epoch in metrics["history"]
     ]
     told = {name: metrics[name] for name in ("cache_seconds", "peak_memory_bytes", "matmul_share") if name in metrics}
-    return {"epochs": epochs, "trained_parameters": metrics["trained_parameters"], "told_by_the_job": told}
+    return {
+        "epochs": epochs,
+        "trained_parameters": metrics["trained_parameters"],
+        "cpu_estimated": any("cpu_seconds" not in epoch for epoch in metrics["history"]),
+        "told_by_the_job": told,
+    }
