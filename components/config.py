@@ -185,6 +185,13 @@ class ComputeConfig(Frozen):
     workspace: str = Field("out/work", description="folder for bundles and reports of jobs")
     threads: Positive | None = Field(None, description="per job; by default the cores shared among the jobs")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    trunk_cache_gb: float = Field(
+        10, ge=0, description="of disk for what frozen layers make of texts, so that it is computed once; 0: never kept"
+    )
+    tokens_at_once: Positive | None = Field(
+        None, description="at most so many tokens, padding included, go through the model at once; by default a batch"
+    )
+    compile: bool = Field(False, description="torch.compile full fine-tuning and what has no kernels of our own")
     job_memory_gb: float = Field(3.0, gt=0, description="jobs run side by side when this much is free for each")
     timeout_hours: float = Field(12, gt=0)
 

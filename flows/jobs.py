@@ -41,7 +41,14 @@ def at_once(compute: ComputeConfig) -> int:
 def limits(compute: ComputeConfig, jobs: int) -> Limits:
     """The cores shared among the jobs that run at once; 0 threads are for a place elsewhere to decide."""
     here = 0 if compute.deployment else max(1, len(os.sched_getaffinity(0)) // (jobs * compute.processes))
-    return Limits(threads=compute.threads or here, device=compute.device, processes=compute.processes)
+    return Limits(
+        threads=compute.threads or here,
+        device=compute.device,
+        processes=compute.processes,
+        trunk_cache_gb=compute.trunk_cache_gb,
+        tokens_at_once=compute.tokens_at_once,
+        compile=compute.compile,
+    )
 
 
 def cores() -> int:

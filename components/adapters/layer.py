@@ -114,6 +114,12 @@ class Site(AdapterLayer):
                 h, self.stream.result = self._adapted(h, x, [name for name in names if self.carries(name)])
         return (h, *rest) if isinstance(output, tuple) else h
 
+    @property
+    def is_at_work(self) -> bool:
+        """Does any active adapter work here, in this step?"""
+        active: Any = self.active_adapters
+        return any(map(self.carries, active))
+
     def carries(self, name: str) -> bool:
         """Does this adapter work here, in this step?"""
         part = self._part(name)

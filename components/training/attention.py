@@ -9,8 +9,7 @@ import torch
 
 from components.adapters.layer import Site
 from components.methods import Member
-from components.training.batching import Tokens, collate, scoring_batches
-from components.training.loop import SCORING_BATCH
+from components.training.batching import Tokens, bounded_batches, collate
 
 
 def measure(
@@ -28,7 +27,7 @@ def measure(
     totals, count = [torch.zeros(()) for _ in sites], 0
     model.eval()
     with torch.inference_mode():
-        for rows in scoring_batches(tokens.lengths, SCORING_BATCH):
+        for rows in bounded_batches(tokens.lengths):
             inputs = collate(tokens, rows, padding, device)
             model(**inputs)
             kept = inputs["attention_mask"].unsqueeze(-1)

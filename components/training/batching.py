@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # Batches are cut from buckets of this many batches: large enough to pad little, small enough to stay random.
 BUCKET = 50
+# Tokens that go through a model at once where nothing is learned: enough to fill the kernels of matrices, few enough
+# for a few hundred MB of memory.
+AT_ONCE = 4096
 
 
 class Ragged(Sequence[npt.NDArray[np.int32]]):
@@ -37,15 +40,15 @@ class Ragged(Sequence[npt.NDArray[np.int32]]):
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokenised rows, in the order of the table. `cut` says which texts were longer than `max_tokens`.
+    """Tokenised rows, in the order of the table.
 
-    ids, types: one int array a row.  labels: (rows,).  cut: (rows,).
+    ids, types: one int array a row.  labels: (rows,).  cut: (rows,), how many tokens a text had beyond `max_tokens`.
     """
 
     ids: Sequence[npt.NDArray[np.int32]]
     types: Sequence[npt.NDArray[np.int32]] | None
     labels: npt.NDArray[np.int64]
-    cut: npt.NDArray[np.bool_]
+    cut: npt.NDArray[np.int64]
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -59,11 +62,12 @@ def tokenise(table: Dataset, tokenizer: PreTrainedTokenizerFast, max_tokens: int
     kind = pa.large_list(pa.int32())
     ids: list[pa.Array] = []
     types: list[pa.Array] = []
-    cut: list[bool] = []
+    cut: list[npt.NDArray[np.int64]] = []
     for batch in table.iter(batch_size=1_000):
+        texts, pairs = list(batch["text"]), list(batch["text_pair"]) if "text_pair" in batch else None
         encoded = tokenizer(
-            list(batch["text"]),
-            text_pair=list(batch["text_pair"]) if "text_pair" in batch else None,
+            texts,
+            text_pair=pairs,
             truncation=True,  # of a pair, the longer text
             max_length=max_tokens,
             padding=False,
@@ -72,9 +76,15 @@ def tokenise(table: Dataset, tokenizer: PreTrainedTokenizerFast, max_tokens: int
         ids.append(pa.array(encoded["input_ids"], kind))
         if "token_type_ids" in encoded:
             types.append(pa.array(encoded["token_type_ids"], kind))
-        cut.extend(bool(row.overflowing) for row in encoded.encodings)
+        beyond = np.zeros(len(texts), dtype=np.int64)
+        if long := [index for index, row in enumerate(encoded.encodings) if row.overflowing]:
+            whole = tokenizer([texts[at] for at in long], text_pair=[pairs[at] for at in long] if pairs else None)
+            beyond[long] = [len(row) - max_tokens for row in whole["input_ids"]]
+        cut.append(beyond)
     labels = np.asarray(table["label"] if "label" in table.column_names else [0] * len(table), dtype=np.int64)
-    return Tokens(Ragged(ids), Ragged(types) if types else None, labels, np.array(cut, dtype=bool))
+    return Tokens(
+        Ragged(ids), Ragged(types) if types else None, labels, np.concatenate([np.zeros(0, dtype=np.int64), *cut])
+    )
 
 
 def training_batches(lengths: npt.NDArray[np.int64], size: int, seed: int, epoch: int) -> list[npt.NDArray[np.int64]]:
@@ -93,11 +103,24 @@ def training_batches(lengths: npt.NDArray[np.int64], size: int, seed: int, epoch
     return [batches[index] for index in rng.permutation(len(batches))]
 
 
-def scoring_batches(lengths: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Row numbers of each batch, longest texts first: if memory does not suffice, that shows at once."""
+def bounded_batches(lengths: npt.NDArray[np.int64], tokens: int = AT_ONCE) -> Iterator[npt.NDArray[np.int64]]:
+    """Row numbers of each batch, longest texts first: if memory does not suffice, that shows at once.
+
+    Each has at most `tokens` tokens, padding counted, and at least one row.
+    """
     order = np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), size):
+    start = 0
+    while start < len(order):
+        size = max(1, tokens // max(1, int(lengths[order[start]])))
         yield order[start : start + size]
+        start += size
+
+
+def parts(lengths: npt.NDArray[np.int64], tokens: int | None) -> list[npt.NDArray[np.int64]]:
+    """Places in a batch of what goes through the model at once: all, or rows of at most so many tokens with padding."""
+    if tokens is None:
+        return [np.arange(len(lengths))]
+    return list(bounded_batches(lengths, tokens))
 
 
 def collate(

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from components.base_model import BaseModel
     from components.training.mirror import Mirror
+    from components.training.passes import Means
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -169,6 +170,7 @@ def _learn(
         checkpoint.resume(out, spec.digest, learner),
         _logging(report) if group.is_main else progress.nowhere,
         keep,
+        _means(spec),
     )
     checkpoint.load_best(out, learner, state.best_epoch)
     trained = sum(parameter.numel() for parameter in learner.trained.values())
@@ -197,6 +199,15 @@ def _learn(
         )
 
     return group.from_main(finish)
+
+
+def _means(spec: JobSpec) -> Means:
+    from components.training.passes import Means
+    from components.training.trunk_cache import TrunkCache
+
+    limit = int(spec.limits.trunk_cache_gb * 1e9)
+    kept = TrunkCache(cache.folder(), limit) if limit else None
+    return Means(kept, spec.base.weights_sha256, spec.limits.compile, spec.limits.tokens_at_once)
 
 
 def _data(spec: JobSpec, base: BaseModel) -> tuple[dict[str, Dataset], dict[str, Any], int]:
@@ -259,11 +270,22 @@ def _metrics(
         "trained_parameters": trained,
         "training_seconds": round(state.seconds, 3),
         "tokens_per_second": round(state.tokens / state.seconds, 1),
-        "cut_share_per_class": {
-            name: float(train.cut[train.labels == code].mean()) for code, name in enumerate(spec.labels)
-        },
+        "cpu_seconds": round(state.cpu_seconds, 3),
+        "peak_memory_bytes": memory.peak(device),
+        **_cut(train, spec.labels),
         "device": device.type,
     }
+
+
+def _cut(train: Any, labels: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """What truncation did to each class: the share of its texts that were cut, and of its tokens that this took."""
+    shares: dict[str, dict[str, float]] = {"cut_share_per_class": {}, "cut_token_share_per_class": {}}
+    for code, name in enumerate(labels):
+        mine = train.labels == code
+        gone = train.cut[mine]
+        shares["cut_share_per_class"][name] = float((gone > 0).mean())
+        shares["cut_token_share_per_class"][name] = float(gone.sum() / (gone.sum() + train.lengths[mine].sum()))
+    return shares
 
 
 def _write(

@@ -21,12 +21,15 @@ from components.config import TrainingConfig
 from components.errors import TrainingError
 from components.evaluation import metrics
 from components.methods import Schedule
-from components.training.batching import Tokens, collate, scoring_batches, training_batches
+from components.training.batching import Tokens, bounded_batches, collate, parts, training_batches
+from components.training.crew import Crew
 from components.training.distributed import ALONE, Group
-from components.training.precision import Precision, arithmetic
+from components.training.kernels import shape_of
+from components.training.passes import MODEST, Means, Pass, Passes, passes
+from components.training.precision import arithmetic
 from components.training.progress import Meter, Progress
+from components.training.watch import Watch
 
-SCORING_BATCH = 64
 # What a kill may cost at most, but for models whose checkpoints take long to write.
 INTERVAL_S = 30.0
 WRITING_SHARE = 0.05
@@ -47,6 +50,7 @@ class State:
     best_epoch: int = 0
     best_rank: list[float] = field(default_factory=list)  # less than any
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -104,6 +108,7 @@ def fit(
     state: State,
     report: Progress,
     keep: Callable[[State, bool], None],
+    means: Means = MODEST,
 ) -> State:
     """Train until the epochs are used up or validation stops improving.
 
@@ -114,44 +119,58 @@ def fit(
     """
     model, device, group = learner.model, learner.device, learner.group
     weights = _class_weights(train.labels, training.class_weights, model.config.num_labels, device)
-    precision = arithmetic(device, training.precision)
+    precision = arithmetic(device, training.precision, shape_of(model.config))
     per_epoch = math.ceil(len(train.ids) / training.batch_size)
     meter, pause = Meter(report, per_epoch * schedule.epochs, schedule.epochs, state.step), Pause()
+    lengths, watch = train.lengths, Watch(state)
+    training_mode(model)
 
-    while state.epoch < schedule.epochs and state.epoch - state.best_epoch < schedule.patience:
-        batches = training_batches(train.lengths, training.batch_size, seed, state.epoch + 1)
-        training_mode(model)
-        with precision.frozen(model):
-            for rows in batches[state.batch :]:
-                begin = time.perf_counter()
-                torch.manual_seed(group.seed(seed, state.step))
-                step.reseed(model, seed, state.step)  # layers are dropped by all processes alike
-                loss = _learn(learner, train, rows, weights, precision, padding, training.clip_norm)
-                if not math.isfinite(loss):
-                    raise TrainingError(
-                        "a finite loss",
-                        f"{loss} at step {state.step + 1}",
-                        "lower the learning rates, or set precision: fp32",
+    with (
+        watch,
+        passes(model, train, validation, padding, device, precision, training.batch_size, means) as through,
+    ):
+        watch.lap()  # the trunk's states count as the first epoch's
+        while state.epoch < schedule.epochs and state.epoch - state.best_epoch < schedule.patience:
+            batches = training_batches(lengths, training.batch_size, seed, state.epoch + 1)
+            training_mode(model)
+            with precision.frozen(model):
+                for rows in batches[state.batch :]:
+                    watch.go()
+                    torch.manual_seed(group.seed(seed, state.step))
+                    step.reseed(model, seed, state.step)  # layers are dropped by all processes alike
+                    loss = _learn(
+                        learner, train, rows, through.learn, weights, training.clip_norm, means.tokens_at_once
                     )
-                tokens = sum(len(train.ids[row]) for row in rows)
-                state.batch, state.step, state.tokens = state.batch + 1, state.step + 1, state.tokens + tokens
-                state.loss, state.seconds = state.loss + loss, state.seconds + time.perf_counter() - begin
-                meter.step(state.step, state.epoch + 1, loss, tokens)
-                if pause.is_over and state.batch < len(batches):
-                    with pause:
-                        keep(state, False)
-        probabilities = predict(model, validation, padding, device, group)
-        measured = group.from_main(partial(metrics.measure, validation.labels, probabilities))  # one decides for all
-        rank = metrics.rank(measured, training.metric)
-        epoch_metrics = {"train_loss": state.loss / len(batches), **{f"validation_{k}": v for k, v in measured.items()}}
-        state.epoch, state.batch, state.loss = state.epoch + 1, 0, 0.0
-        best = rank > state.best_rank
-        if best:
-            state.best_rank, state.best_epoch = rank, state.epoch
-        state.history.append({"epoch": state.epoch, "step": state.step, **epoch_metrics})
-        with pause:
-            keep(state, best)
-        meter.epoch(state.step, state.epoch, epoch_metrics)
+                    if not math.isfinite(loss):
+                        raise TrainingError(
+                            "a finite loss",
+                            f"{loss} at step {state.step + 1}",
+                            "lower the learning rates, or set precision: fp32",
+                        )
+                    tokens = int(lengths[rows].sum())
+                    state.batch, state.step, state.tokens = state.batch + 1, state.step + 1, state.tokens + tokens
+                    state.loss += loss
+                    watch.lap()
+                    meter.step(state.step, state.epoch + 1, loss, tokens)
+                    if pause.is_over and state.batch < len(batches):
+                        with pause:
+                            keep(state, False)
+            probabilities = predict(model, validation, padding, device, group, through)
+            measured = group.from_main(
+                partial(metrics.measure, validation.labels, probabilities)
+            )  # one decides for all
+            rank = metrics.rank(measured, training.metric)
+            epoch_metrics = {
+                "train_loss": state.loss / len(batches), **{f"validation_{k}": v for k, v in measured.items()}
+            }  # fmt: skip
+            state.epoch, state.batch, state.loss = state.epoch + 1, 0, 0.0
+            best = rank > state.best_rank
+            if best:
+                state.best_rank, state.best_epoch = rank, state.epoch
+            state.history.append({"epoch": state.epoch, "step": state.step, **epoch_metrics, **watch.of_epoch()})
+            with pause:
+                keep(state, best)
+            meter.epoch(state.step, state.epoch, epoch_metrics)
     return state
 
 
@@ -159,29 +178,30 @@ def _learn(
     learner: Learner,
     train: Tokens,
     rows: npt.NDArray[np.int64],
+    through: Pass,
     weights: torch.Tensor | None,
-    precision: Precision,
-    padding: int,
     clip_norm: float,
+    tokens_at_once: int | None,
 ) -> float:
     """One step on one batch, of which each process computes its share. Returns the loss of the whole batch."""
-    model, group, trained = learner.model, learner.group, learner.trained.values()
+    model, group, trained = learner.model, learner.group, list(learner.trained.values())
     mine, labels = group.share(rows, train.labels)
-    inputs = collate(train, mine, padding, learner.device)
-    target = torch.from_numpy(labels).to(learner.device)
-    with precision.forward(inputs["input_ids"].shape[1]):
-        logits = model(**inputs).logits
-    loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum")
-    loss /= len(rows) if weights is None else weights[train.labels[rows]].sum()
-    if (beside := regulariser(model)) is not None:
-        loss = loss + beside / group.size
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    loss = group.combine(loss.detach(), trained)
+    whole = len(rows) if weights is None else weights[train.labels[rows]].sum()
+    total = torch.zeros((), device=learner.device)
+    for part in parts(np.array([len(train.ids[row]) for row in mine]), tokens_at_once):
+        logits = through.logits(mine[part])
+        target = torch.from_numpy(labels[part]).to(learner.device)
+        loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum") / whole
+        if (beside := regulariser(model)) is not None:
+            loss = loss + beside * len(part) / len(mine) / group.size
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        total += loss.detach()
+    combined = float(group.combine(total, trained))
     nn.utils.clip_grad_norm_(trained, clip_norm)
     learner.optimizer.step()
     learner.scheduler.step()
     learner.optimizer.zero_grad(set_to_none=True)
-    return float(loss)
+    return combined
 
 
 class Pause:
@@ -207,18 +227,24 @@ class Pause:
 
 
 def predict(
-    model: Any, tokens: Tokens, padding: int, device: torch.device, group: Group = ALONE
+    model: Any, tokens: Tokens, padding: int, device: torch.device, group: Group = ALONE, through: Passes | None = None
 ) -> npt.NDArray[np.float32]:
-    """Class probabilities, (rows, classes), in the order of `tokens`; the processes take turns with the batches.
+    """Class probabilities, (rows, classes), in the order of `tokens`; processes and threads share the batches.
 
-    Always in float32 and without dropout, so that they do not depend on which rows share a batch.
+    Always in float32 and without dropout, so that they do not depend on which rows share a batch. through: where the
+    tokens are those that it checks.
     """
     model.eval()
     result = np.zeros((len(tokens.ids), model.config.num_labels), dtype=np.float32)
-    with torch.inference_mode():
-        for rows in group.turns(scoring_batches(tokens.lengths, SCORING_BATCH)):
-            logits = model(**collate(tokens, rows, padding, device)).logits
+
+    def score(rows: npt.NDArray[np.int64]) -> None:
+        with torch.inference_mode():
+            check = through.check if through else None
+            logits = check.logits(rows) if check else model(**collate(tokens, rows, padding, device)).logits
             result[rows] = torch.softmax(logits.float(), dim=-1).cpu().numpy()
+
+    batches = group.turns(bounded_batches(tokens.lengths))
+    (through.crew if through else Crew(1)).each([partial(score, rows) for rows in batches])
     return group.total(result)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from components.config import TrainingConfig
 from components.errors import OutOfMemory
+
+if TYPE_CHECKING:
+    import torch
 
 # What torch writes, on a GPU and on the CPU; it has a class of its own for the first only.
 SIGNS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
@@ -25,3 +31,13 @@ def watched(training: TrainingConfig, device: str) -> Iterator[None]:
             f"too little of it (device {device})",
             "lower training.batch_size or training.max_tokens, or raise compute.processes to share each batch",
         ) from error
+
+
+def peak(device: torch.device) -> int:
+    """Bytes that this process took at most: of the GPU's memory, or where there is none of the machine's."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

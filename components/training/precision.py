@@ -1,9 +1,9 @@
-"""In which arithmetic a training computes: bfloat16 where the device has it, beside weights kept in float32."""
+"""In which arithmetic a training computes: bfloat16 where the device is faster so, beside weights kept in float32."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,28 +11,36 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from components.errors import TrainingError
-
-# Up to this width plain attention beats torch's fused one on CPUs in bfloat16, whose backward is slow: 16 texts of 64
-# tokens 12 ms against 36, of 128 44 against 68, of 256 219 against 115 (one core of a Xeon with AMX).
-SHORT = 128
+from components.training import kernels
+from components.training.kernels import Shape
 
 
 @dataclass(frozen=True)
 class Precision:
+    """low: bfloat16.  plain_until, math_until: texts of so many tokens at most attend by our plain products, or by
+    torch's, for which its fused attention is slower.
+    """
+
     device: torch.device
     low: bool
+    plain_until: int = 0
+    math_until: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is computed."""
+        return torch.bfloat16 if self.low else torch.float32
 
     @contextmanager
     def forward(self, width: int) -> Iterator[None]:
         """Around the forward pass of a batch of `width` tokens a row."""
-        if not self.low:
+        attention = sdpa_kernel(SDPBackend.MATH) if width <= self.math_until else nullcontext()
+        with self.autocast(), attention:  # the latter for all threads: not to be entered by one of several
             yield
-        elif self.device.type == "cpu" and width <= SHORT:
-            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                yield
-        else:
-            with torch.autocast(self.device.type, torch.bfloat16):
-                yield
+
+    def autocast(self) -> torch.autocast:
+        """In this thread."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low)
 
     @contextmanager
     def frozen(self, model: nn.Module) -> Iterator[None]:
@@ -54,14 +62,19 @@ class Precision:
                 parameter.data = data
 
 
-def arithmetic(device: torch.device, precision: str) -> Precision:
-    """`auto`, `fp32` or `bf16` on this device. Raises TrainingError when bf16 is asked for and missing."""
+def arithmetic(device: torch.device, precision: str, shape: Shape) -> Precision:
+    """`auto`, `fp32` or `bf16` on this device; `auto` is what is faster for layers of that shape.
+
+    Raises TrainingError when bf16 is asked for and missing.
+    """
     able = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
     if precision == "bf16" and not able:
         raise TrainingError(
             "a device that computes in bfloat16", f"{device.type} without it", "set training.precision: auto"
         )
-    return Precision(device, able and precision != "fp32")
+    wanted = {"auto": (torch.bfloat16, torch.float32), "bf16": (torch.bfloat16,), "fp32": (torch.float32,)}[precision]
+    found = kernels.chosen(device, shape, wanted if able else (torch.float32,))
+    return Precision(device, found.bfloat16, found.plain_until, found.math_until)
 
 
 def _cpu_has_bf16() -> bool:

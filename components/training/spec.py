@@ -23,15 +23,19 @@ class DataRef(Frozen):
 
 
 class Limits(Frozen):
-    """What the job may use. The numbers of threads and processes change nothing but how sums are rounded.
+    """What the job may use. Nothing here but the device changes more than how sums are rounded.
 
     processes: data-parallel, each with its share of every batch; batch size and number of steps stay what they are.
-    Where there is dropout, other masks of the same kind are drawn.
+    Where there is dropout, other masks of the same kind are drawn.  trunk_cache_gb, tokens_at_once, compile: as in
+    ComputeConfig.
     """
 
     threads: int
     device: str
     processes: int = 1
+    trunk_cache_gb: float = 0
+    tokens_at_once: int | None = None
+    compile: bool = False
 
 
 class JobSpec(Frozen):
@@ -58,7 +62,8 @@ class JobSpec(Frozen):
     @property
     def digest(self) -> str:
         """What is learned counts; where the data lies and how many threads work on them does not."""
-        settings = self.model_dump(mode="json", exclude={"data": {"uri"}, "limits": {"threads", "processes"}})
+        free = {name for name in Limits.model_fields if name != "device"}
+        settings = self.model_dump(mode="json", exclude={"data": {"uri"}, "limits": free})
         return digest.of_json(settings)
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from components import base_model
 from components.config import BaseConfig
-from components.training.batching import Tokens, collate, scoring_batches, tokenise, training_batches
+from components.training.batching import Tokens, bounded_batches, collate, parts, tokenise, training_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -69,10 +69,25 @@ def test_a_batch_holds_near_equal_lengths() -> None:
     assert padded < 1.1 * LENGTHS.sum()
 
 
-def test_scoring_covers_every_row_longest_first() -> None:
-    rows = np.concatenate(list(scoring_batches(LENGTHS, 64)))
+def test_bounded_batches_cover_every_row_longest_first() -> None:
+    rows = np.concatenate(list(bounded_batches(LENGTHS, 500)))
     assert sorted(rows) == list(range(len(LENGTHS)))
     assert np.all(np.diff(LENGTHS[rows]) <= 0)
+
+
+def test_a_bounded_batch_is_as_large_as_its_tokens_allow() -> None:
+    batches = list(bounded_batches(LENGTHS, 500))
+    padded = [len(rows) * LENGTHS[rows].max() for rows in batches]
+    assert max(padded) <= 500
+    assert all(size + LENGTHS[rows].max() > 500 for size, rows in zip(padded[:-1], batches[:-1], strict=True))
+
+
+def test_a_text_above_the_bound_goes_alone() -> None:
+    assert [rows.tolist() for rows in bounded_batches(np.array([3, 900, 2]), 500)] == [[1], [0, 2]]
+
+
+def test_without_a_bound_a_batch_goes_in_one_part() -> None:
+    assert [part.tolist() for part in parts(np.array([5, 900, 2]), None)] == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("words", [6, 7, 8, 40])
@@ -84,8 +99,8 @@ def test_a_cut_text_keeps_its_first_words_and_both_special_tokens(
     assert tokens.ids[0].tolist() == [CLS, *whole[1:-1][:6], SEP]
 
 
-def test_only_texts_that_do_not_fit_are_flagged(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert tokenise(texts_of(5, 6, 7, 40), tokenizer, max_tokens=8).cut.tolist() == [False, False, True, True]
+def test_what_does_not_fit_is_counted_in_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert tokenise(texts_of(5, 6, 7, 40), tokenizer, max_tokens=8).cut.tolist() == [0, 0, 1, 34]
 
 
 @pytest.mark.parametrize(("words", "pair_words"), [(40, 1), (1, 40), (20, 20), (9, 2)])
@@ -98,9 +113,9 @@ def test_a_cut_pair_loses_words_of_the_longer_text_only(
     assert min(first, second) >= min(words, pair_words, 4)
 
 
-def test_a_cut_pair_is_flagged(tokenizer: PreTrainedTokenizerFast) -> None:
-    cut = [tokenise(pair(5, count), tokenizer, max_tokens=12).cut[0] for count in (4, 5)]
-    assert cut == [False, True]
+def test_so_it_is_of_a_pair(tokenizer: PreTrainedTokenizerFast) -> None:
+    cut = [tokenise(pair(5, count), tokenizer, max_tokens=12).cut[0] for count in (4, 5, 30)]
+    assert cut == [0, 1, 26]
 
 
 def test_token_types_tell_the_texts_apart(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,0 +1,228 @@
+"""The layers of a BERT-like classifier, as who trains adapters in them sees them: frozen sub-layers, and their ends.
+
+    sub-layer     h of x, by attention or feed-forward; frozen in most methods
+    its end       the adapter, if there is one, and the layer norm of h + x
+
+Below the first end where something is trained, all is the same in every epoch: the trunk, which makes states of tokens.
+What is above, the tail, makes of states what the head reads: the first token, so the last layer computes no other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from components.adapters.bottleneck import Bottleneck
+from components.adapters.layer import Site
+from components.adapters.parameters import is_adapted
+from components.training.frozen import ACTIVATIONS, Attention, FeedForward, Padding
+
+# Families with the modules of BERT, whose heads read the first token.
+FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
+QKV = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the trunk ends: before the sub-layer of this number, or before its end.
+
+    Its states are x, or h and x, of every token; in the last layer of the first token alone, but for what attention
+    reads.
+    """
+
+    sublayer: int
+    inside: bool
+    states: int
+    first: bool
+
+
+class SubLayer:
+    """h of x, and its end."""
+
+    def __init__(
+        self, layer: nn.Module, kind: str, last: bool, dtype: torch.dtype, heads: int, activation: str
+    ) -> None:
+        self.layer, self.kind, self.last = layer, kind, last
+        self.end: Any = layer.get_submodule("attention.output" if kind == "attention" else "output")
+        names = (*QKV, "attention.output.dense") if kind == "attention" else ("intermediate.dense", "output.dense")
+        modules: list[Any] = [layer.get_submodule(name) for name in names]
+        self.inner = [layer.get_submodule("attention.self" if kind == "attention" else "intermediate"), modules[-1]]
+        self.frozen: Attention | FeedForward | None = None
+        if all(type(each) is nn.Linear and each.bias is not None and not _learns(each) for each in modules):
+            if kind == "attention":
+                query, key, value, out = modules
+                self.frozen = Attention(query, key, value, out, heads, dtype)
+            elif activation in ACTIVATIONS:
+                up, down = modules
+                self.frozen = FeedForward(up, down, activation, dtype)
+
+    @property
+    def begins_to_learn(self) -> str | None:
+        """Where in here something is trained first."""
+        if any(map(_learns, self.inner)):
+            return "before"
+        exit_, norm = self.end.dropout, self.end.LayerNorm
+        if isinstance(exit_, Site) and _learns(exit_) and exit_.is_at_work:
+            return "inside"
+        return "inside" if _learns(norm) else None
+
+    def h(self, x: torch.Tensor, padding: Padding, fused: bool) -> torch.Tensor:
+        """x: (batch, tokens, hidden)."""
+        first = self.last and self.kind == "attention"
+        if isinstance(self.frozen, Attention):
+            return self.frozen(x, padding, first, fused)
+        if isinstance(self.frozen, FeedForward):
+            return self.frozen(x)
+        made: Any
+        if self.kind == "attention":
+            made = self.inner[0](x, padding.allowed)[0]
+            made = made[:, :1] if first else made
+        else:
+            made = self.inner[0](x)
+        made = self.inner[1](made)
+        return made  # type: ignore[no-any-return]  # a module's output
+
+    def ended(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What the next sub-layer reads. h, x: (batch, tokens, hidden); x may have tokens that h has not."""
+        x = x[:, : h.shape[1]].to(h.dtype)
+        if isinstance(self.end.dropout, Site):
+            self.end.dropout.stream.x = x
+        made: torch.Tensor = self.end.LayerNorm(self.end.dropout(h) + x)
+        return made
+
+
+class Encoder:
+    """The layers of one model, with matrices kept in `dtype`."""
+
+    def __init__(self, model: Any, dtype: torch.dtype, plain_until: int) -> None:
+        """plain_until: rows of at most so many tokens attend by plain products, others by torch's fused attention."""
+        self.model, self.plain_until, self.dtype = model, plain_until, dtype
+        base = model.base_model.model
+        self._encoder = base.base_model.encoder
+        layers, config = list(self._encoder.layer), base.config
+        self.sublayers = [
+            SubLayer(layer, kind, layer is layers[-1], dtype, config.num_attention_heads, config.hidden_act)
+            for layer in layers
+            for kind in ("attention", "output")
+        ]
+        self.cut = self._find_cut()
+        self._now = threading.local()  # what takes the place of the layers in the forward pass of this thread
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Is this an adapted classifier whose layers are known here?"""
+        if not is_adapted(model) or not hasattr(model, "base_model"):
+            return False
+        base: Any = getattr(model.base_model, "model", None)
+        config: Any = getattr(base, "config", None)
+        if getattr(config, "model_type", None) not in FAMILIES or getattr(config, "is_decoder", False):
+            return False
+        own = list(model.peft_config.values())
+        return (
+            type(base).__name__.endswith("ForSequenceClassification")
+            and config._attn_implementation == "sdpa"  # no prefixes
+            and not any(each.is_prompt_learning or getattr(each, "use_gating", False) for each in own)
+            and not any(vars(module).get("gradient_checkpointing") for module in base.modules())
+            and not _learns(base.base_model.embeddings)
+        )
+
+    def _find_cut(self) -> Cut:
+        for number, each in enumerate(self.sublayers):
+            if where := each.begins_to_learn:
+                inside = where == "inside"
+                reads_all = not each.last or (each.kind == "attention" and not inside)
+                return Cut(number, inside, 2 if inside else 1, not reads_all)
+        return Cut(len(self.sublayers), inside=False, states=1, first=True)
+
+    @property
+    def draws(self) -> bool:
+        """Is anything left to chance while the layers learn?"""
+        return any(map(_draws, self._encoder.modules()))
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._encoder.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """For the length of the block the model has this encoder for its own; called as a whole it computes as ever."""
+        earlier = vars(self._encoder).get("forward")
+        self._layers, self._encoder.forward = self._encoder.forward, self._forward
+        try:
+            yield
+        finally:
+            del self._encoder.forward
+            if earlier:
+                self._encoder.forward = earlier
+
+    def logits(self, tails: Callable[[], torch.Tensor], rows: int) -> torch.Tensor:
+        """What the head makes of the first tokens that `tails` makes, (rows, 1, hidden)."""
+        nothing = torch.zeros(rows, 1, dtype=torch.int64, device=self.model.device)
+        logits: torch.Tensor = self._instead(lambda x: tails(), input_ids=nothing).logits
+        return logits
+
+    def states(self, padding: Padding, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What the trunk makes of tokens: as many as the cut has, (batch, tokens or 1, hidden) each."""
+        made: list[torch.Tensor] = []
+
+        def record(x: torch.Tensor) -> torch.Tensor:
+            made.extend(self._trunk(x, padding))
+            return x[:, :1]
+
+        with torch.no_grad():
+            self._instead(record, **inputs)
+        return made
+
+    def tail(self, states: list[torch.Tensor], padding: Padding) -> torch.Tensor:
+        """(batch, 1, hidden): what the last layer makes of the first token."""
+        *h, x = states
+        begin = self.cut.sublayer
+        if h:
+            x, begin = self.sublayers[begin].ended(h[0], x), begin + 1
+        for each in self.sublayers[begin:]:
+            x = each.ended(each.h(x, padding, self._fused(padding)), x)
+        return x[:, :1]
+
+    def _trunk(self, x: torch.Tensor, padding: Padding) -> list[torch.Tensor]:
+        x = x.to(self.dtype)
+        for each in self.sublayers[: self.cut.sublayer]:
+            x = each.ended(each.h(x, padding, self._fused(padding)), x)
+        if not self.cut.inside:
+            return [x]
+        h = self.sublayers[self.cut.sublayer].h(x, padding, self._fused(padding))
+        return [h, x[:, : h.shape[1]]]
+
+    def _fused(self, padding: Padding) -> bool:
+        return padding.tokens > self.plain_until
+
+    def _instead(self, layers: Callable[[torch.Tensor], torch.Tensor], **inputs: torch.Tensor) -> Any:
+        """A forward pass of the model with something else in the place of its layers."""
+        self._now.layers = layers
+        try:
+            return self.model(**inputs)
+        finally:
+            del self._now.layers
+
+    def _forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(self._now, "layers"):
+            return self._layers(hidden_states, *args, **kwargs)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self._now.layers(hidden_states))
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _draws(module: nn.Module) -> bool:
+    """Dropout, masked neurons, rows that pass by an adapter."""
+    if not module.training:
+        return False
+    own = getattr(module, "config", None) if isinstance(module, Bottleneck) else None
+    return (isinstance(module, nn.Dropout) and module.p > 0) or bool(own and (own.mask_rate or own.stochastic_depth))

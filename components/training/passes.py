@@ -1,0 +1,126 @@
+"""How a batch goes through a model that learns: as a whole, or above a trunk that was computed once, by threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from components.training.batching import Tokens, collate
+from components.training.compiled import Compiled
+from components.training.crew import Crew, shares
+from components.training.encoder import Encoder
+from components.training.frozen import Padding
+from components.training.precision import Precision
+from components.training.trunk import Trunk
+from components.training.trunk_cache import TrunkCache
+
+# With fewer rows for each of several threads, their matrices are too small to be multiplied fast.
+ROWS_EACH = 4
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What may be used beside the device. base: digest of the frozen weights, by which trunks are kept in the cache."""
+
+    cache: TrunkCache | None = None
+    base: str = ""
+    compile: bool = False
+    tokens_at_once: int | None = None
+
+
+MODEST = Means()
+
+
+class Pass(Protocol):
+    def logits(self, rows: Rows) -> torch.Tensor:
+        """(rows, classes) of some rows of the data, in their order."""
+
+
+class Whole:
+    """Every layer of every row."""
+
+    def __init__(
+        self, model: Any, tokens: Tokens, padding: int, device: torch.device, precision: Precision, compile: bool
+    ) -> None:
+        self._model = Compiled(model) if compile else model
+        self._tokens, self._padding, self._device = tokens, padding, device
+        self._precision = precision
+
+    def logits(self, rows: Rows) -> torch.Tensor:
+        inputs = collate(self._tokens, rows, self._padding, self._device)
+        with self._precision.forward(inputs["input_ids"].shape[1]):
+            logits: torch.Tensor = self._model(**inputs).logits
+        return logits
+
+
+class AboveTrunk:
+    """Only what is above the trunk; the encoder is in its place in the model."""
+
+    def __init__(self, trunk: Trunk, crew: Crew) -> None:
+        self._trunk, self._encoder, self._lengths = trunk, trunk.encoder, trunk.lengths
+        self._precision, self._crew = trunk.precision, crew
+
+    def logits(self, rows: Rows) -> torch.Tensor:
+        lengths = self._lengths[rows]
+        hands = 1 if self._encoder.draws else self._crew.hands
+        places = shares(lengths, hands)
+        states = self._crew.each([partial(self._trunk.states, rows[place]) for place in places])
+        tails = [partial(self._tail, *each) for each in zip(states, (lengths[place] for place in places), strict=True)]
+        order = torch.from_numpy(np.argsort(np.concatenate(places)))
+        with self._precision.autocast():
+            if len(tails) == 1:
+                return self._encoder.logits(tails[0], len(rows))[order]
+            return self._encoder.logits(lambda: self._crew.together(tails, self._encoder.trained)[order], len(rows))
+
+    def _tail(self, states: list[torch.Tensor], lengths: npt.NDArray[np.int64]) -> torch.Tensor:
+        padding = Padding.of(torch.from_numpy(lengths).to(states[0].device), states[0].dtype)
+        with self._precision.autocast():
+            return self._encoder.tail(states, padding)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """learn: of the rows to train on.  check: of those to validate on, in float32 and for no gradients; None where they
+    go through the model as a whole.  crew: the threads.
+    """
+
+    learn: Pass
+    check: Pass | None
+    crew: Crew
+
+
+@contextmanager
+def passes(
+    model: Any,
+    train: Tokens,
+    validation: Tokens,
+    padding: int,
+    device: torch.device,
+    precision: Precision,
+    batch: int,
+    means: Means = MODEST,
+) -> Iterator[Passes]:
+    """How batches go through the model while it learns. model: in training mode.  batch: rows of one."""
+    if not Encoder.fits(model):
+        yield Passes(Whole(model, train, padding, device, precision, means.compile), None, Crew(1))
+        return
+    exact = precision if not precision.low else Precision(device, low=False)
+    encoder = Encoder(model, precision.dtype, precision.plain_until)
+    judge = encoder if exact is precision else Encoder(model, exact.dtype, exact.plain_until)
+    alone = device.type != "cpu" or encoder.draws
+    crew = Crew(1 if alone else min(torch.get_num_threads(), max(1, batch // ROWS_EACH)))
+    trunks = Trunk(encoder, train, padding, device, precision), Trunk(judge, validation, padding, device, exact)
+    with encoder.in_place(), judge.in_place(), crew.at_work():
+        if means.cache is not None:
+            for trunk in trunks:
+                trunk.keep(means.cache, means.base, crew)
+        yield Passes(AboveTrunk(trunks[0], crew), AboveTrunk(trunks[1], Crew(1)), crew)

@@ -1,0 +1,80 @@
+"""The states of a frozen trunk: the same in every epoch, so computed once for all rows and read a batch at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from components import digest
+from components.training.batching import Tokens, bounded_batches, collate
+from components.training.crew import Crew
+from components.training.encoder import Encoder
+from components.training.frozen import Padding
+from components.training.precision import Precision
+from components.training.trunk_cache import Store, TrunkCache
+
+# What the states follow from, beside base, tokens and cut.
+CODE = ("training/encoder", "training/frozen", "training/trunk", "adapters/families", "adapters/layer")
+
+
+class Trunk:
+    """Of one model and some rows, in the order of `tokens`."""
+
+    def __init__(
+        self, encoder: Encoder, tokens: Tokens, padding: int, device: torch.device, precision: Precision
+    ) -> None:
+        """padding: id of the padding token."""
+        self.encoder, self.precision, self.lengths = encoder, precision, tokens.lengths
+        self._tokens, self._padding, self._device = tokens, padding, device
+        self._store: Store | None = None
+
+    def digest(self, base: str) -> str:
+        """Of all that the states follow from. base: digest of the weights."""
+        about = [base, tokens_digest(self._tokens), str(self.encoder.cut), str(self.precision.dtype), self._device.type]
+        return digest.of_json([*about, digest.of_code(*CODE)])
+
+    def keep(self, cache: TrunkCache, base: str, crew: Crew) -> None:
+        """Read the states from the cache from now on, computing them first if it has not got them; it may have no room.
+
+        Texts of like length go together, whatever order they are trained in, so the states are the same for every job.
+        """
+        cut = self.encoder.cut
+        lengths = np.ones_like(self.lengths) if cut.first else self.lengths
+        hidden = int(self.encoder.model.config.hidden_size)
+
+        def fill(store: Store) -> None:
+            work = [partial(self._put, store, rows) for rows in bounded_batches(self.lengths)]
+            crew.each(work)
+
+        self._store = cache.opened(self.digest(base), lengths, cut.states, hidden, self.precision.dtype, fill)
+
+    def states(self, rows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
+        """As many as the cut has: (rows, tokens or 1, hidden) each, padded with zeros or what padding tokens give."""
+        if self._store is not None:
+            found = self._store.read(rows)
+            if self._device.type == "cuda":  # from pinned memory the copy goes on beside what is computed
+                found = [each.pin_memory().to(self._device, non_blocking=True) for each in found]
+            return found
+        return self.computed(rows)
+
+    def computed(self, rows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
+        inputs = collate(self._tokens, rows, self._padding, self._device)
+        padding = Padding.of(inputs["attention_mask"].sum(1), self.encoder.dtype)
+        with self.precision.autocast():
+            return self.encoder.states(padding, inputs)
+
+    def _put(self, store: Store, rows: npt.NDArray[np.int64]) -> None:
+        store.write(rows, [each.cpu() for each in self.computed(rows)])
+
+
+def tokens_digest(tokens: Tokens) -> str:
+    """Of all token ids, with where a row ends and what part of a pair they are of."""
+    content = hashlib.sha256(tokens.lengths.tobytes())
+    for rows in filter(None, (tokens.ids, tokens.types)):
+        for row in rows:
+            content.update(np.ascontiguousarray(row).data)
+    return content.hexdigest()

@@ -1,0 +1,48 @@
+"""A model that cannot be compiled is told of, and used as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from components.training.compiled import Compiled
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = torch.tanh(self.linear(x))
+        return made
+
+
+def test_without_a_compiler_the_reason_is_told_once_and_the_model_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor, "fx_graph_cache", False)
+    monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
+    torch._dynamo.reset()
+    model = Model()
+    compiled = Compiled(model)
+    x = torch.randn(2, 4)
+    for _ in range(2):
+        assert torch.equal(compiled(x=x), model(x))
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "adapterline"]
+    assert line.startswith("not compiled: ")
+    assert line.endswith("; training goes on without")
+
+
+def test_what_is_wrong_with_the_model_itself_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: refuse)
+    with pytest.raises(RuntimeError, match="shapes"):
+        Compiled(Model())(x=torch.zeros(2, 5))

@@ -1,0 +1,227 @@
+"""What is computed above a cached trunk, by several threads, for one token a row, is what the whole model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from components import base_model
+from components.adapters.methods import peft_config
+from components.adapters.parameters import training_mode
+from components.config import BaseConfig, LearningRates, Schedule, TrainingConfig
+from components.methods import settings_of
+from components.training import loop, passes
+from components.training.batching import Tokens, collate, tokenise, training_batches
+from components.training.encoder import Encoder
+from components.training.passes import AboveTrunk, Means
+from components.training.precision import Precision
+from components.training.trunk_cache import TrunkCache
+from tests.conftest import make_base
+from tests.training.toy_jobs import SMALL, toy_split
+
+CPU = torch.device("cpu")
+STEPS = 50
+# Slow enough that rounding does not grow from step to step, as it does at the rates of the other tests.
+SCHEDULE = Schedule(epochs=9, learning_rates=LearningRates(body=2e-3, layer_norm=2e-3, head=2e-3))
+ALIKE = ("bert", "roberta", "xlm-roberta", "electra")
+# Methods whose layers the encoder knows: all but those that reach into attention itself.
+KNOWN = ("pfeiffer", "houlsby", "parallel", "adapter-plus", "compacter", "lora", "ia3", "head")
+
+
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def base(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[family] = make_base(folder, family, num_hidden_layers=3, hidden_dropout_prob=0.0)
+        return made[family]
+
+    return base
+
+
+def model_of(base: Path, method: str, **settings: Any) -> Any:
+    from peft import get_peft_model
+
+    torch.manual_seed(0)
+    model, head = base_model.load_classifier(base_model.find(BaseConfig(name=str(base))), ("bad", "good"))
+    own = settings_of(method, **{**SMALL.get(method, {}), **settings})
+    return get_peft_model(model, peft_config(method, own, list(head), model))
+
+
+def tokens_of(base: Path) -> Tokens:
+    """Toy rows, every third one cut short, so that batches have padding."""
+    tokenizer = base_model.load_tokenizer(base_model.find(BaseConfig(name=str(base))))
+    made = tokenise(toy_split(300).parts["train"], tokenizer, 32)
+    ids = [row if index % 3 else row[: 4 + index % 5] for index, row in enumerate(made.ids)]
+    return Tokens(ids, None, made.labels, made.cut)
+
+
+def losses(model: Any, tokens: Tokens, means: Means | None, threads: int = 1) -> list[float]:
+    """Of the first steps. means: None for the plain loop, which pads every row to the longest of all."""
+    training = TrainingConfig(precision="fp32", max_tokens=32)
+    learner = loop.learner(model, SCHEDULE, training, len(tokens.ids), CPU)
+    precision = Precision(CPU, low=False, plain_until=16)  # some batches attend so, some so
+    batches = [rows for epoch in range(1, 9) for rows in training_batches(tokens.lengths, 16, 0, epoch)][:STEPS]
+    training_mode(model)
+    if means is None:
+        return [_plain_step(learner, tokens, rows) for rows in batches]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with passes.passes(model, tokens, tokens, 0, CPU, precision, 16, means) as through:
+            assert isinstance(through.learn, AboveTrunk)
+            return [
+                loop._learn(learner, tokens, rows, through.learn, None, 1.0, means.tokens_at_once) for rows in batches
+            ]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _plain_step(learner: loop.Learner, tokens: Tokens, rows: Any) -> float:
+    longest = int(np.argmax(tokens.lengths))
+    inputs = {name: each[:-1] for name, each in collate(tokens, [*rows, longest], 0, CPU).items()}
+    loss = nn.functional.cross_entropy(learner.model(**inputs).logits, torch.from_numpy(tokens.labels[rows]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(learner.trained.values(), 1.0)
+    learner.optimizer.step()
+    learner.scheduler.step()
+    learner.optimizer.zero_grad()
+    return loss.item()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> TrunkCache:
+    return TrunkCache(tmp_path, 10**9)
+
+
+@pytest.mark.parametrize("method", KNOWN)
+def test_fifty_steps_lose_what_a_plain_padded_loop_loses(
+    base_of: Callable[[str], Path], method: str, cache: TrunkCache
+) -> None:
+    base = base_of("bert")
+    tokens = tokens_of(base)
+    plain = losses(model_of(base, method), tokens, None)
+    assert np.mean(plain[-10:]) < np.mean(plain[:10])  # it learns, or equal losses would say little
+    for means in (Means(), Means(cache, "base"), Means(cache, "base"), Means(tokens_at_once=100)):
+        assert losses(model_of(base, method), tokens, means) == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ALIKE)
+def test_so_they_do_in_every_family_that_is_built_alike(
+    base_of: Callable[[str], Path], family: str, cache: TrunkCache
+) -> None:
+    base = base_of(family)
+    tokens = tokens_of(base)
+    plain = losses(model_of(base, "pfeiffer"), tokens, None)
+    assert losses(model_of(base, "pfeiffer"), tokens, Means(cache, "base")) == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"leave_out": (0,)}, {"leave_out": (0, 1)}, {"drop_layers": 1}, {"dropout": 0.0}])
+@pytest.mark.parametrize("method", ["pfeiffer", "houlsby"])
+def test_so_they_do_wherever_the_first_adapter_stands(
+    base_of: Callable[[str], Path], method: str, settings: dict[str, Any], cache: TrunkCache
+) -> None:
+    base = base_of("bert")
+    tokens = tokens_of(base)
+    plain = losses(model_of(base, method, **settings), tokens, None)
+    assert losses(model_of(base, method, **settings), tokens, Means(cache, "base")) == pytest.approx(plain, abs=1e-4)
+
+
+def test_so_they_do_when_threads_share_each_batch(base_of: Callable[[str], Path], cache: TrunkCache) -> None:
+    base = base_of("bert")
+    tokens = tokens_of(base)
+    plain = losses(model_of(base, "houlsby"), tokens, None)
+    for means in (Means(), Means(cache, "base")):
+        assert losses(model_of(base, "houlsby"), tokens, means, threads=3) == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", KNOWN)
+def test_gradients_are_those_of_the_whole_model(base_of: Callable[[str], Path], method: str) -> None:
+    """To 1e-6 of the largest, of which a hundredth would already move the losses unseen."""
+    base = base_of("bert")
+    tokens, rows = tokens_of(base), np.arange(7)
+    found = []
+    for fast in (False, True):
+        model = model_of(base, method).double()
+        training_mode(model)
+        if fast:
+            encoder = Encoder(model, torch.float64, plain_until=64)
+            trunk = passes.Trunk(encoder, tokens, 0, CPU, Precision(CPU, low=False))
+            with encoder.in_place():
+                logits = AboveTrunk(trunk, passes.Crew(1)).logits(rows)
+        else:
+            logits = model(**collate(tokens, rows, 0, CPU)).logits
+        logits.pow(2).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    largest = max(float(grad.abs().max()) for grad in found[0].values() if grad is not None)
+    for name, grad in found[0].items():
+        other = found[1][name]
+        if grad is None or other is None:
+            assert not any(each is not None and each.any() for each in (grad, other)), name
+        else:
+            assert torch.allclose(grad, other, rtol=0, atol=1e-6 * largest), name
+
+
+@pytest.mark.parametrize(("method", "settings", "cut"), [
+    ("pfeiffer", {}, "1+2"), ("houlsby", {}, "0+2"), ("lora", {}, "0"), ("parallel", {}, "1+2"),
+    ("pfeiffer", {"drop_layers": 1}, "3+2"), ("head", {}, "6 first"),
+    ("pfeiffer", {"leave_out": (0, 1)}, "5+2 first"), ("houlsby", {"leave_out": (0, 1)}, "4+2 first"),
+])  # fmt: skip
+def test_the_trunk_reaches_to_the_first_module_that_learns(
+    base_of: Callable[[str], Path], method: str, settings: dict[str, Any], cut: str
+) -> None:
+    """Sub-layers below; +2 where the cut is within one, whose h and x are kept; first, where one token a row is."""
+    found = Encoder(model_of(base_of("bert"), method, **settings), torch.float32, 0).cut
+    inside, first = "+2" if found.inside else "", " first" if found.first else ""
+    assert f"{found.sublayer}{inside}{first}" == cut
+
+
+@pytest.mark.parametrize("method", ["mam", "prefix", "bitfit"])
+def test_what_reaches_into_attention_or_embeddings_is_left_to_the_whole_model(
+    base_of: Callable[[str], Path], method: str
+) -> None:
+    assert not Encoder.fits(model_of(base_of("bert"), method))
+
+
+def test_full_fine_tuning_and_other_families_are_left_to_the_whole_model(base_of: Callable[[str], Path]) -> None:
+    full, _ = base_model.load_classifier(base_model.find(BaseConfig(name=str(base_of("bert")))), ("bad", "good"))
+    assert not Encoder.fits(full)
+    assert not Encoder.fits(model_of(base_of("distilbert"), "pfeiffer"))
+
+
+def test_a_model_in_the_block_still_computes_as_ever(base_of: Callable[[str], Path]) -> None:
+    model = model_of(base_of("bert"), "pfeiffer").eval()
+    inputs = collate(tokens_of(base_of("bert")), np.arange(5), 0, CPU)
+    with torch.no_grad():
+        alone = model(**inputs).logits
+        encoder = Encoder(model, torch.float32, 64)
+        with encoder.in_place():
+            assert torch.equal(model(**inputs).logits, alone)
+        assert torch.equal(model(**inputs).logits, alone)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("method", KNOWN)
+def test_validation_is_scored_in_float32_as_by_the_whole_model(
+    base_of: Callable[[str], Path], method: str, low: bool, cache: TrunkCache
+) -> None:
+    """Also in the middle of training, and whatever the arithmetic of training is."""
+    base = base_of("bert")
+    tokens = tokens_of(base)
+    model = model_of(base, method)
+    learner = loop.learner(model, SCHEDULE, TrainingConfig(), len(tokens.ids), CPU)
+    training_mode(model)
+    with passes.passes(model, tokens, tokens, 0, CPU, Precision(CPU, low), 16, Means(cache, "base")) as through:
+        for rows in training_batches(tokens.lengths, 16, 0, 1):
+            loop._learn(learner, tokens, rows, through.learn, None, 1.0, None)
+        fast = loop.predict(model, tokens, 0, CPU, through=through)
+        training_mode(model)
+    assert fast == pytest.approx(loop.predict(model, tokens, 0, CPU), abs=1e-6)

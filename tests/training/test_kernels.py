@@ -1,0 +1,86 @@
+"""What is measured is kept, and chosen again; what is asked for is not overruled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from components.training import kernels
+from components.training.kernels import Kernels, Shape, chosen, shape_of
+
+CPU = torch.device("cpu")
+BOTH = (torch.bfloat16, torch.float32)
+SHAPE = Shape(hidden=128, inner=256, heads=4)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERLINE_CACHE", str(tmp_path))
+
+
+def test_a_measurement_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = chosen(CPU, SHAPE, BOTH)
+    monkeypatch.setattr(kernels, "measure", None)
+    assert chosen(CPU, SHAPE, BOTH) == first
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"not json"])
+def test_a_damaged_record_is_measured_again(tmp_path: Path, damage: bytes) -> None:
+    chosen(CPU, SHAPE, BOTH)
+    (record,) = (tmp_path / "kernels").iterdir()
+    record.write_bytes(damage)
+    assert isinstance(chosen(CPU, SHAPE, BOTH), Kernels)
+    assert record.read_bytes() != damage
+
+
+def test_another_shape_or_precision_is_another_measurement(tmp_path: Path) -> None:
+    chosen(CPU, SHAPE, BOTH)
+    chosen(CPU, SHAPE, BOTH[1:])
+    chosen(CPU, Shape(hidden=128, inner=512, heads=4), BOTH)
+    assert len(list((tmp_path / "kernels").iterdir())) == 3
+
+
+@pytest.mark.parametrize("shape", [SHAPE, Shape(32, 64, 2)])
+@pytest.mark.parametrize("asked", BOTH)
+def test_a_precision_that_is_asked_for_is_taken(shape: Shape, asked: torch.dtype) -> None:
+    assert chosen(CPU, shape, (asked,)).bfloat16 == (asked == torch.bfloat16)
+
+
+def test_the_random_state_and_the_threads_are_left_as_they_were() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    threads = torch.get_num_threads()
+    kernels.measure(CPU, SHAPE, BOTH)
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_the_faster_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds by what is run: bfloat16 the slower, plain attention the faster up to 128 tokens."""
+    seconds = {"other": 1.0, "fast": 0.5, "slow": 2.0}
+    monkeypatch.setattr(kernels, "_seconds", lambda run: seconds[run])
+    monkeypatch.setattr(kernels, "_feed_forward", lambda shape, dtype: "slow" if dtype == torch.bfloat16 else "other")
+
+    def attention(shape: Shape, dtype: torch.dtype, fused: bool) -> object:
+        return lambda width: "other" if fused else "fast" if width <= 128 else "slow"
+
+    monkeypatch.setattr(kernels, "_attention", attention)
+    monkeypatch.setattr(kernels, "_composed", lambda shape, dtype: lambda width: "other")
+    assert kernels.measure(CPU, SHAPE, BOTH) == Kernels(bfloat16=False, plain_until=128, math_until=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "expected"),
+    [
+        ("bert", {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}, Shape(64, 96, 4)),
+        ("distilbert", {"dim": 64, "hidden_dim": 96, "n_heads": 4}, Shape(64, 96, 4)),
+        ("gpt2", {"n_embd": 64, "n_head": 4}, Shape(64, 256, 4)),
+        ("t5", {"d_model": 64, "d_ff": 96, "num_heads": 4}, Shape(64, 96, 4)),
+    ],
+)
+def test_shapes_are_read_in_the_words_of_each_family(family: str, sizes: dict[str, int], expected: Shape) -> None:
+    assert shape_of(AutoConfig.for_model(family, **sizes)) == expected

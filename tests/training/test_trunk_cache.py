@@ -1,0 +1,149 @@
+"""Trunks on disk: what is written is read, once, within bounds, whoever writes beside."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from components.training.trunk_cache import FOLDER, Store, TrunkCache
+
+LENGTHS = np.array([3, 1, 4, 2])
+HIDDEN = 8
+BYTES = 2 * int(LENGTHS.sum()) * HIDDEN * 4  # two states in float32
+
+
+def states_of(rows: Any) -> list[torch.Tensor]:
+    """Of each row numbers that tell row, token and state; beyond its end nothing that may be read."""
+    made = []
+    for state in (0.0, 0.5):
+        block = torch.full((len(rows), int(LENGTHS[rows].max()), HIDDEN), torch.nan)
+        for index, row in enumerate(rows):
+            for token in range(LENGTHS[row]):
+                block[index, token] = 10 * row + token + state
+        made.append(block)
+    return made
+
+
+def fill(store: Store) -> None:
+    for rows in ([2, 0], [1, 3]):
+        store.write(np.array(rows), states_of(rows))
+
+
+def opened(cache: TrunkCache, name: str, filling: Callable[[Store], None] = fill) -> Store | None:
+    return cache.opened(name, LENGTHS, 2, HIDDEN, torch.float32, filling)
+
+
+def never(store: Store) -> None:
+    raise AssertionError("written again")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.stem for path in (folder / FOLDER).glob("*.states"))
+
+
+@pytest.mark.parametrize("rows", [[0], [3, 1], [2, 0, 1, 3]])
+def test_what_is_read_is_what_was_written_padded_with_zeros(tmp_path: Path, rows: list[int]) -> None:
+    store = opened(TrunkCache(tmp_path, 10**6), "one")
+    assert store is not None
+    for found, written in zip(store.read(np.array(rows)), states_of(rows), strict=True):
+        assert torch.equal(found, written.nan_to_num(0))
+
+
+def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
+    opened(TrunkCache(tmp_path, 10**6), "one")
+    assert opened(TrunkCache(tmp_path, 10**6), "one", never) is not None
+
+
+def test_a_file_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
+    opened(TrunkCache(tmp_path, 10**6), "one")
+    (tmp_path / FOLDER / "one.states").write_bytes(b"short")
+    store = opened(TrunkCache(tmp_path, 10**6), "one")
+    assert store is not None
+    assert torch.equal(store.read(np.array([2]))[0], states_of([2])[0])
+
+
+def test_what_broke_off_while_it_was_written_leaves_nothing(tmp_path: Path) -> None:
+    def break_off(store: Store) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        opened(TrunkCache(tmp_path, 10**6), "one", break_off)
+    assert [path.suffix for path in (tmp_path / FOLDER).iterdir()] == [".lock"]
+    assert opened(TrunkCache(tmp_path, 10**6), "one") is not None
+
+
+def test_what_was_used_longest_ago_makes_room(tmp_path: Path) -> None:
+    cache = TrunkCache(tmp_path, 2 * BYTES)
+    for age, name in enumerate(("old", "older")):
+        opened(cache, name)
+        os.utime(tmp_path / FOLDER / f"{name}.states", (1000 - age, 1000 - age))
+    opened(cache, "new")
+    assert names(tmp_path) == ["new", "old"]
+
+
+def test_use_makes_young(tmp_path: Path) -> None:
+    cache = TrunkCache(tmp_path, 2 * BYTES)
+    for age, name in enumerate(("used", "idle")):
+        opened(cache, name)
+        os.utime(tmp_path / FOLDER / f"{name}.states", (1000 + age, 1000 + age))
+    opened(cache, "used", never)
+    opened(cache, "new")
+    assert names(tmp_path) == ["new", "used"]
+
+
+def test_one_that_is_removed_while_it_is_read_can_be_read_on(tmp_path: Path) -> None:
+    cache = TrunkCache(tmp_path, BYTES)
+    store = opened(cache, "one")
+    opened(cache, "two")
+    assert names(tmp_path) == ["two"]
+    assert store is not None
+    assert torch.equal(store.read(np.array([0]))[1], states_of([0])[1])
+
+
+def test_what_is_larger_than_the_limit_is_not_kept_and_takes_nothing_away(tmp_path: Path) -> None:
+    opened(TrunkCache(tmp_path, BYTES), "one")
+    assert opened(TrunkCache(tmp_path, BYTES - 1), "two", never) is None
+    assert names(tmp_path) == ["one"]
+
+
+def test_a_disk_that_has_too_little_room_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, BYTES))  # type: ignore[attr-defined]
+    assert opened(TrunkCache(tmp_path, 10**6), "one", never) is None
+
+
+def test_others_cannot_read_what_is_kept(tmp_path: Path) -> None:
+    opened(TrunkCache(tmp_path, 10**6), "one")
+    assert (tmp_path / FOLDER).stat().st_mode & 0o077 == 0
+
+
+def _write_slowly(folder: Path, log: Path) -> None:
+    def slowly(store: Store) -> None:
+        with log.open("a") as file:
+            file.write("written\n")
+        time.sleep(0.3)
+        fill(store)
+
+    store = opened(TrunkCache(folder, 10**6), "one", slowly)
+    assert store is not None
+    assert torch.equal(store.read(np.array([0]))[0], states_of([0])[0])
+
+
+def test_of_several_writers_one_writes_and_the_others_read(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_write_slowly, args=(tmp_path, log)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert log.read_text() == "written\n"
