@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from components import base_model
-from components.config import BaseConfig, TrainingConfig
+from components.config import BaseConfig, ComputeConfig, TrainingConfig
 from components.methods import LearningRates, Schedule, settings_of
 from components.training.spec import JobSpec, Limits, code_version
 from tests.benchmarks.prepared import Prepared
@@ -82,6 +82,9 @@ def run(name: str, setup: Setup, epochs: int, seed: int, folder: Path) -> dict[s
     begin = time.perf_counter()
     with (folder / "log").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": str(setup.threads), "TOKENIZERS_PARALLELISM": "false"}
+        # A cache folder of its own, or a second seed would find the trunk that the first one computed.
+        environment["ADAPTERLINE_CACHE"] = str((folder / "cache").resolve())
+        environment[base_model.PATH_VARIABLE] = str(base_model.find(BaseConfig(name=setup.base)).path)
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             _, status, used = os.wait4(process.pid, 0)
@@ -128,7 +131,7 @@ def _job(rival: Rival, setup: Setup, epochs: int, seed: int, folder: Path) -> li
             epochs=epochs, patience=epochs, learning_rates=LearningRates(body=rate, layer_norm=rate, head=rate)
         ),
         training=TrainingConfig(batch_size=setup.batch, max_tokens=setup.max_tokens),
-        limits=Limits(threads=setup.threads, device="cpu"),
+        limits=Limits(threads=setup.threads, device="cpu", trunk_cache_gb=ComputeConfig().trunk_cache_gb),
         seed=seed,
         code=code_version(),
     )
