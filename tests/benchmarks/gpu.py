@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from tests.benchmarks import work
 
 VOCABULARY, LABELS, REDUCTION = 30_522, 2, 16
 RATE = 1e-4
+CACHE_BYTES = 20 * 10**9
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,14 @@ def plain(model: Any, task: Task) -> list[float]:
     return seconds
 
 
-def ours(model: Any, task: Task) -> list[float]:
-    """Seconds of each epoch of our jobs' loop."""
+def ours(model: Any, task: Task, cache: bool = False) -> list[float]:
+    """Seconds of each epoch of our jobs' loop. cache: with the frozen trunk computed once, in the first."""
     from components.config import TrainingConfig
     from components.methods import LearningRates, Schedule
     from components.training import loop, progress
     from components.training.batching import Tokens
+    from components.training.passes import Means
+    from components.training.trunk_cache import TrunkCache
 
     rates = LearningRates(body=RATE, layer_norm=RATE, head=RATE)
     schedule = Schedule(epochs=task.epochs, patience=task.epochs, learning_rates=rates)
@@ -96,7 +102,9 @@ def ours(model: Any, task: Task) -> list[float]:
             ends.append(state.seconds)
 
     learner = loop.learner(model, schedule, training, len(ids), task.device)
-    loop.fit(learner, train, few, schedule, training, 0, 0, loop.State(), progress.nowhere, keep)
+    with tempfile.TemporaryDirectory() as folder:
+        means = Means(TrunkCache(Path(folder), CACHE_BYTES) if cache else None, "random")
+        loop.fit(learner, train, few, schedule, training, 0, 0, loop.State(), progress.nowhere, keep, means)
     return np.diff(ends).tolist()
 
 
@@ -104,17 +112,21 @@ RIVALS = {
     "full, plain": Rival(plain, full=True),
     "pfeiffer, plain": Rival(plain),
     "pfeiffer, ours": Rival(ours),
+    "pfeiffer, ours with cache": Rival(partial(ours, cache=True)),
     "pfeiffer upper half, plain": Rival(plain, half=True),
     "pfeiffer upper half, ours": Rival(ours, half=True),
+    "pfeiffer upper half, ours with cache": Rival(partial(ours, cache=True), half=True),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from components.training.kernels import Shape
     from components.training.precision import arithmetic
 
     options = _options(arguments)
+    os.environ.setdefault("ADAPTERLINE_CACHE", str((options.out.parent / "cache").resolve()))
     device = torch.device(options.device)
-    low = arithmetic(device, "auto").low
+    low = arithmetic(device, "auto", Shape(options.hidden, 4 * options.hidden, options.hidden // 64)).low
     precision = "bfloat16" if low else "float32"
     peak = work.peak(precision, device)
     samples: list[dict[str, Any]] = []

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         adapter_rate=options.adapter_rate,
         full_rate=options.full_rate,
         threads=options.threads,
-        bf16=_bf16(),
+        bf16=_bf16(config),
         python=peer.python(out / "peer-venv") if needs_peer else "",
     )
     record = Record(out / "train.json", setup)
@@ -208,10 +208,11 @@ def _base_config(name: str) -> Any:
     return AutoConfig.from_pretrained(base_model.find(BaseConfig(name=name)).path)
 
 
-def _bf16() -> bool:
+def _bf16(config: Any) -> bool:
+    from components.training.kernels import shape_of
     from components.training.precision import arithmetic
 
-    return arithmetic(torch.device("cpu"), "auto").low
+    return arithmetic(torch.device("cpu"), "auto", shape_of(config)).low
 
 
 def _say(line: str) -> None:
