@@ -10,7 +10,7 @@ FOLDERS = $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find
 WHEELS = $(firstword $(foreach folder,$(FOLDERS),$(if $(wildcard $(folder)/torch-2.13*),$(folder))))
 TORCH_SOURCE = $(if $(WHEELS),--find-links "$(WHEELS)",--torch-backend=$(or $(UV_TORCH_BACKEND),auto))
 
-.PHONY: help install demo up down status automations test test-all lint mlflow image lock clean
+.PHONY: help install demo up down status automations test test-all bench lint mlflow image lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,9 @@ test: install  ## the tests, but those that take minutes each
 
 test-all: install  ## all tests
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup --faults
+
+bench: install  ## adapters against AdapterHub and full fine-tuning, in one run: hours; BENCH='--rows 300' for less
+	@$(BIN)/python -m tests.benchmarks.train $(BENCH)
 
 lint: install  ## style and types
 	@$(BIN)/ruff check .

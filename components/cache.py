@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import platformdirs
-
 from components.errors import StorageError
 
 
@@ -15,7 +13,7 @@ def folder() -> Path:
 
     Raises StorageError when nothing can be written there.
     """
-    path = Path(os.environ.get("ADAPTERLINE_CACHE") or platformdirs.user_cache_dir("adapterline"))
+    path = Path(os.environ.get("ADAPTERLINE_CACHE") or _default())
     try:
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK)
@@ -24,3 +22,9 @@ def folder() -> Path:
     if not writable:
         raise StorageError(f"a cache folder to write in at {path}", "none", "set ADAPTERLINE_CACHE to another")
     return path
+
+
+def _default() -> str:
+    import platformdirs  # not at the top: a bare machine that names its folder does without
+
+    return platformdirs.user_cache_dir("adapterline")
