@@ -7,17 +7,20 @@ import contextlib
 import logging
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from components import config, disk
+from components import config, disk, forks
 from components.config import RetrainConfig
 from components.errors import AdapterlineError, ConfigError, RegistryError
+from components.registry.versions import SCORE
 from infra import local
+
+if TYPE_CHECKING:
+    from flows.screen import Terminal
 
 INTERRUPTED = "interrupted: run the same command again to go on from the last checkpoint"
 ABOUT = "Retrain an adapter, compare it with full fine-tuning, register it if it passes the gate."
@@ -56,9 +59,10 @@ def main(
             return 0
         read = config.load_preset if options.preset else config.load
         settings = read(options.preset or options.config, _overrides(options.set))
-        with servers() as stack, _terminal():
+        with servers() as stack, _terminal() as terminal:
             _start_prefect()
-            _closing(settings, flow(settings), stack)
+            version = flow(settings)
+            _closing(settings, version, stack, terminal.registered)
     return ending.code
 
 
@@ -172,13 +176,13 @@ def _start_prefect() -> None:
 
 
 @contextlib.contextmanager
-def _terminal() -> Iterator[None]:
+def _terminal() -> Iterator[Terminal]:
     from rich.console import Console
 
     from flows.screen import Terminal
 
-    with Terminal(Console()):
-        yield
+    with Terminal(Console()) as terminal:
+        yield terminal
 
 
 def listen(debug: bool) -> None:
@@ -198,16 +202,16 @@ def listen(debug: bool) -> None:
         each.setLevel(logging.CRITICAL)
 
 
-def _closing(settings: RetrainConfig, version: str, stack: local.Stack | None) -> None:
-    """Predictions on the preset's own sentences, by the very command that a user would type, and where to look.
+def _closing(settings: RetrainConfig, version: str, stack: local.Stack | None, new: bool) -> None:
+    """What a new version says of the preset's own sentences, as the command says it that a user would type, and where
+    to look.
 
     Raises RegistryError when the version does not answer.
     """
     ours = stack is not None or not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
     python = os.path.relpath(sys.executable)
-    if settings.report.examples:
-        command = [sys.executable, "-m", "components.serving.score", version, "--text", *settings.report.examples]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if new and settings.report.examples:
+        answer = forks.run(["-P", str(SCORE), version, "--text", *settings.report.examples], os.environ)
         if answer.returncode != 0:
             raise RegistryError(f"{version} to predict", answer.stderr.strip(), "see the message")
         print("\nprediction of the registered version:")
