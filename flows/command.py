@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from infra import local
 if TYPE_CHECKING:
     from flows.screen import Terminal
 
+# What every retrain imports, once its servers start.
+MEANWHILE = ("datasets", "mlflow")
 INTERRUPTED = "interrupted: run the same command again to go on from the last checkpoint"
 ABOUT = "Retrain an adapter, compare it with full fine-tuning, register it if it passes the gate."
 
@@ -53,14 +57,14 @@ def main(
     local.interrupt_on_sigterm()
     with one_line_errors(options.debug, INTERRUPTED) as ending:
         if upgrade and _is_upgrade(options):
-            with servers(), _terminal():
-                _start_prefect()
+            with _prefect() as ready, servers(), _terminal():
+                ready()
                 upgrade(options.base, options.all_from, options.standing_on, _overrides(options.set), options.list)
             return 0
         read = config.load_preset if options.preset else config.load
         settings = read(options.preset or options.config, _overrides(options.set))
-        with servers() as stack, _terminal() as terminal:
-            _start_prefect()
+        with _prefect() as ready, servers() as stack, _terminal() as terminal:
+            ready()
             version = flow(settings)
             _closing(settings, version, stack, terminal.registered)
     return ending.code
@@ -158,21 +162,40 @@ def servers() -> Iterator[local.Stack | None]:
         yield stack
 
 
-def _start_prefect() -> None:
-    """Prefect's temporary server, where none is named. Ctrl-C reaches a whole process group: a server that ended by it
-    before its flow would have the flow ask for minutes who there is to be told of its end.
+@contextlib.contextmanager
+def _prefect() -> Iterator[Callable[[], object]]:
+    """Prefect's temporary server, where none is named, starting; what is called to wait for it.
+
+    Ctrl-C reaches a whole process group: a server that ended by it before its flow would have the flow ask for minutes
+    who there is to be told of its end.
     """
     from prefect.settings import get_current_settings
 
     if get_current_settings().api.url:
+        yield lambda: None
         return
     from prefect.server.api.server import SubprocessASGIServer
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which its process inherits
-    try:
-        SubprocessASGIServer().start()  # the one that Prefect itself would start; it ends with this process
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    failed: list[Exception] = []
+
+    def start() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, from which the server inherits it
+        try:
+            SubprocessASGIServer().start()  # the one that Prefect itself would start; it ends with this process
+        except Exception as error:  # noqa: BLE001  # raised where it is waited for
+            failed.append(error)
+
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+
+    def ready() -> None:
+        for name in MEANWHILE:
+            importlib.import_module(name)
+        thread.join()
+        for error in failed:
+            raise error
+
+    yield ready
 
 
 @contextlib.contextmanager
