@@ -1,8 +1,8 @@
 """Processes forked from one that has imported the heavy libraries, and nothing of ours.
 
-torch, transformers and peft take five seconds of CPU to import, without bytecode thirteen. A retrain needs them in a process for each job and in
-one for each version that it asks for predictions: here they are imported once, in a process that does nothing else,
-and what it forks runs as `python ARGUMENTS` would, with its own environment and folder.
+torch, transformers and peft take six seconds of CPU to import, without bytecode fourteen. A retrain needs them in a
+process for each job and in one for each version that it asks for predictions: here they are imported once, in a process
+that does nothing else, and what it forks runs as `python ARGUMENTS` would, with its own environment and folder.
 
 Run as a file it is that process; it ends when whoever started it does, and what it has forked goes on, as a
 subprocess would.
