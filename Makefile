@@ -10,6 +10,9 @@ FOLDERS = $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find
 WHEELS = $(firstword $(foreach folder,$(FOLDERS),$(if $(wildcard $(folder)/torch-2.13*),$(folder))))
 TORCH_SOURCE = $(if $(WHEELS),--find-links "$(WHEELS)",--torch-backend=$(or $(UV_TORCH_BACKEND),auto))
 
+# Where Python may keep no bytecode, every process would spend up to ten seconds of CPU on making it: it is made once.
+BYTECODE = $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
+
 .PHONY: help install demo up down status automations test test-all bench lint mlflow image lock clean
 
 help:  ## show this list
@@ -22,7 +25,7 @@ install: .venv/installed  ## make the virtual environment
 	  || { echo "expected Python 3.11 or 3.12; found $$($(PYTHON) --version); set PYTHON=/path/to/python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_SOURCE) --editable '.[dev]'
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_SOURCE) $(BYTECODE) --editable '.[dev]'
 	@touch $@
 
 demo: install  ## adapt a real model to real data, compare it with full fine-tuning, register it

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import signal
-import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from components import config, disk
+from components import config, disk, forks
 from components.config import RetrainConfig
 from components.errors import AdapterlineError, ConfigError, RegistryError
+from components.registry.versions import SCORE
 from infra import local
 
+if TYPE_CHECKING:
+    from flows.screen import Terminal
+
+# What every retrain imports, once its servers start.
+MEANWHILE = ("datasets", "mlflow")
 INTERRUPTED = "interrupted: run the same command again to go on from the last checkpoint"
 ABOUT = "Retrain an adapter, compare it with full fine-tuning, register it if it passes the gate."
 
@@ -50,15 +57,16 @@ def main(
     local.interrupt_on_sigterm()
     with one_line_errors(options.debug, INTERRUPTED) as ending:
         if upgrade and _is_upgrade(options):
-            with servers(), _terminal():
-                _start_prefect()
+            with _prefect() as ready, servers(), _terminal():
+                ready()
                 upgrade(options.base, options.all_from, options.standing_on, _overrides(options.set), options.list)
             return 0
         read = config.load_preset if options.preset else config.load
         settings = read(options.preset or options.config, _overrides(options.set))
-        with servers() as stack, _terminal():
-            _start_prefect()
-            _closing(settings, flow(settings), stack)
+        with _prefect() as ready, servers() as stack, _terminal() as terminal:
+            ready()
+            version = flow(settings)
+            _closing(settings, version, stack, terminal.registered)
     return ending.code
 
 
@@ -154,31 +162,50 @@ def servers() -> Iterator[local.Stack | None]:
         yield stack
 
 
-def _start_prefect() -> None:
-    """Prefect's temporary server, where none is named. Ctrl-C reaches a whole process group: a server that ended by it
-    before its flow would have the flow ask for minutes who there is to be told of its end.
+@contextlib.contextmanager
+def _prefect() -> Iterator[Callable[[], object]]:
+    """Prefect's temporary server, where none is named, starting; what is called to wait for it.
+
+    Ctrl-C reaches a whole process group: a server that ended by it before its flow would have the flow ask for minutes
+    who there is to be told of its end.
     """
     from prefect.settings import get_current_settings
 
     if get_current_settings().api.url:
+        yield lambda: None
         return
     from prefect.server.api.server import SubprocessASGIServer
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which its process inherits
-    try:
-        SubprocessASGIServer().start()  # the one that Prefect itself would start; it ends with this process
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    failed: list[Exception] = []
+
+    def start() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # of this thread, from which the server inherits it
+        try:
+            SubprocessASGIServer().start()  # the one that Prefect itself would start; it ends with this process
+        except Exception as error:  # noqa: BLE001  # raised where it is waited for
+            failed.append(error)
+
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+
+    def ready() -> None:
+        for name in MEANWHILE:
+            importlib.import_module(name)
+        thread.join()
+        for error in failed:
+            raise error
+
+    yield ready
 
 
 @contextlib.contextmanager
-def _terminal() -> Iterator[None]:
+def _terminal() -> Iterator[Terminal]:
     from rich.console import Console
 
     from flows.screen import Terminal
 
-    with Terminal(Console()):
-        yield
+    with Terminal(Console()) as terminal:
+        yield terminal
 
 
 def listen(debug: bool) -> None:
@@ -198,16 +225,16 @@ def listen(debug: bool) -> None:
         each.setLevel(logging.CRITICAL)
 
 
-def _closing(settings: RetrainConfig, version: str, stack: local.Stack | None) -> None:
-    """Predictions on the preset's own sentences, by the very command that a user would type, and where to look.
+def _closing(settings: RetrainConfig, version: str, stack: local.Stack | None, new: bool) -> None:
+    """What a new version says of the preset's own sentences, as the command says it that a user would type, and where
+    to look.
 
     Raises RegistryError when the version does not answer.
     """
     ours = stack is not None or not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
     python = os.path.relpath(sys.executable)
-    if settings.report.examples:
-        command = [sys.executable, "-m", "components.serving.score", version, "--text", *settings.report.examples]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if new and settings.report.examples:
+        answer = forks.run(["-P", str(SCORE), version, "--text", *settings.report.examples], os.environ)
         if answer.returncode != 0:
             raise RegistryError(f"{version} to predict", answer.stderr.strip(), "see the message")
         print("\nprediction of the registered version:")

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import psutil
 from prefect import Task
 
+from components import forks
 from components.config import ComputeConfig
 from components.errors import JobCancelled, JobKilled, OutOfMemory, TrainingError
 from components.registry.tracking import RUN_VARIABLE
@@ -150,9 +151,7 @@ def run(
     require_flow(spec)
     killed_before = _killed_for_memory()
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            launch.command(spec, path, out), stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-        )
+        process = _started(spec, path, out, errors, environment)
         expired = _Alarm(process, timeout_hours * 3600)
         try:
             with ended_with_flow(process.terminate):
@@ -189,6 +188,13 @@ def run(
     raise _failed(spec, last)
 
 
+def _started(spec: JobSpec, path: str, out: str, errors: IO[str], environment: Mapping[str, str]) -> forks.Process:
+    program, *arguments = launch.command(spec, path, out)
+    if spec.limits.processes == 1:
+        return forks.start(arguments, errors, environment)
+    return subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+
+
 def _killed_for_memory() -> int:
     """How many processes of this container the kernel has killed at its memory limit; 0 where nobody counts."""
     for path in OOM_COUNTS:
@@ -203,7 +209,7 @@ def _failed(spec: JobSpec, line: str) -> TrainingError:
     )
 
 
-def _end(process: subprocess.Popen[Any]) -> None:
+def _end(process: forks.Process) -> None:
     if process.poll() is not None:
         return
     process.terminate()
@@ -217,7 +223,7 @@ def _end(process: subprocess.Popen[Any]) -> None:
 class _Alarm:
     """Ends a process after a time, and says whether it had to."""
 
-    def __init__(self, process: subprocess.Popen[Any], seconds: float) -> None:
+    def __init__(self, process: forks.Process, seconds: float) -> None:
         self.fired = False
         self._process = process
         self._timer = threading.Timer(seconds, self._fire)

@@ -41,6 +41,7 @@ class Terminal:
         )
         self.progress: Progress = Progress(*columns, console=console, transient=True)
         self.bars: dict[str, Any] = {}
+        self.registered = False
 
     def __enter__(self) -> Terminal:
         Terminal.current = self
@@ -134,6 +135,8 @@ def summary(report: GateReport) -> str:
 
 
 def registered(version: Version) -> None:
+    if Terminal.current is not None:
+        Terminal.current.registered = True
     log.info("")
     log.info("registered version %s of %s as candidate: %s", version.number, version.name, _bytes(version.size))
     log.info("          %s", version.uri)

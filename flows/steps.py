@@ -15,7 +15,7 @@ from prefect import task
 from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 
-from components import base_model, cache, digest, storage
+from components import base_model, cache, digest, fit, storage
 from components.config import RetrainConfig
 from components.data import expectations, ledger, rows, sources
 from components.data.ledger import Record
@@ -104,10 +104,7 @@ def check(config: RetrainConfig) -> None:
 
 def require_fit(config: RetrainConfig, base: Path) -> None:
     """Raise ConfigError with everything of the adapter and the training that the base in this folder does not allow."""
-    from components.adapters.methods import misfits
-
-    problems = misfits(base, config.adapter.method, config.adapter.settings, config.training.max_tokens)
-    if problems:
+    if problems := fit.problems(base, config.adapter, config.training.max_tokens):
         raise ConfigError("an adapter that fits the base model", "; ".join(problems), "correct adapter and training")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from components import storage
+from components import forks, storage
 from components.errors import BundleError, RegistryError
 from components.methods import Member
 from components.registry import bundle, members
@@ -166,9 +164,8 @@ def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ..
         table, out = Path(folder) / "rows.parquet", Path(folder) / "probabilities.safetensors"
         rows.to_parquet(table)
         # As a file, and elsewhere: nothing of this checkout is imported before the version brings its own code.
-        command = [sys.executable, "-P", str(SCORE), version, "--rows", str(table), "--out", str(out)]
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": tracking.uri}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+        command = ["-P", str(SCORE), version, "--rows", str(table), "--out", str(out)]
+        done = forks.run(command, {**os.environ, "MLFLOW_TRACKING_URI": tracking.uri}, folder)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise RegistryError(f"{version} to load and predict", last, "see the message; the version is not used")

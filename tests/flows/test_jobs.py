@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from components import base_model, storage
+from components import base_model, forks, storage
 from components.config import BaseConfig, Columns, DataConfig, RetrainConfig
 from components.data import ledger, rows, sources
 from components.data.split import split
@@ -59,8 +59,14 @@ def follow(spec: JobSpec, out: Path, report: Callable[[progress.Event], None] = 
     jobs.follow(spec, out, "", "", 600, report)
 
 
+def children(flow: psutil.Process) -> list[psutil.Process]:
+    """The jobs of a flow: what the process that forks for it has forked."""
+    parents = [each for each in flow.children() if forks.__file__ in each.cmdline()]
+    return [each for parent in parents for each in parent.children()]
+
+
 def child() -> psutil.Process:
-    (found,) = (each for each in psutil.Process().children() if "components.training.job" in each.cmdline())
+    (found,) = children(psutil.Process())
     return found
 
 
@@ -168,9 +174,7 @@ class TestInterrupted:
         found: list[psutil.Process] = []
         while len(found) < 2 and flow.poll() is None:
             time.sleep(0.5)
-            found = [
-                each for each in psutil.Process(flow.pid).children() if "components.training.job" in each.cmdline()
-            ]
+            found = children(psutil.Process(flow.pid))
         if by == "Ctrl-C":
             os.killpg(flow.pid, signal.SIGINT)  # a terminal tells everyone
         else:
