@@ -50,6 +50,9 @@ class Crew:
         return joined
 
 
+ALONE = Crew(1)
+
+
 class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, crew: Crew, parts: Sequence[Part], *parameters: torch.nn.Parameter) -> torch.Tensor:

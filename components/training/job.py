@@ -272,6 +272,7 @@ def _metrics(
         "training_seconds": round(state.seconds, 3),
         "tokens_per_second": round(state.tokens / state.seconds, 1),
         "cpu_seconds": round(state.cpu_seconds, 3),
+        "cache_seconds": round(state.cache_seconds, 3),
         "peak_memory_bytes": memory.peak(device),
         **_cut(train, spec.labels),
         "device": device.type,

@@ -21,8 +21,8 @@ from components.config import TrainingConfig
 from components.errors import TrainingError
 from components.evaluation import metrics
 from components.methods import Schedule
+from components.training import crew
 from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate, parts, training_batches
-from components.training.crew import Crew
 from components.training.distributed import ALONE, Group
 from components.training.kernels import shape_of
 from components.training.passes import MODEST, Means, Passes, passes
@@ -51,6 +51,7 @@ class State:
     best_rank: list[float] = field(default_factory=list)  # less than any
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    cache_seconds: float = 0.0
     tokens: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -129,7 +130,7 @@ def fit(
         watch,
         passes(model, train, validation, padding, device, precision, training.batch_size, means) as through,
     ):
-        watch.lap()  # the trunk's states count as the first epoch's
+        state.cache_seconds += watch.lap()  # they count as the first epoch's
         while state.epoch < schedule.epochs and state.epoch - state.best_epoch < schedule.patience:
             batches = training_batches(lengths, training.batch_size, seed, state.epoch + 1)
             training_mode(model)
@@ -153,6 +154,7 @@ def fit(
                     if pause.is_over and state.batch < len(batches):
                         with pause:
                             keep(state, False)
+            through.ready_to_check()
             probabilities = predict(model, validation, padding, device, group, through)
             measured = group.from_main(
                 partial(metrics.measure, validation.labels, probabilities)
@@ -241,7 +243,7 @@ def predict(
             result[rows] = torch.softmax(logits.float(), dim=-1).cpu().numpy()
 
     batches = group.turns(bounded_batches(tokens.lengths, AT_ONCE[device.type]))
-    (through.crew if through else Crew(1)).each([partial(score, rows) for rows in batches])
+    (through.crew if through else crew.ALONE).each([partial(score, rows) for rows in batches])
     return group.total(result)
 
 

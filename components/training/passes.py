@@ -14,7 +14,7 @@ import torch
 
 from components.training.batching import LEARNED_AT_ONCE, Tokens, collate
 from components.training.compiled import Compiled
-from components.training.crew import Crew, shares
+from components.training.crew import ALONE, Crew, shares
 from components.training.encoder import Encoder
 from components.training.frozen import Padding
 from components.training.precision import Precision
@@ -66,14 +66,14 @@ class AboveTrunk:
     """Only what is above the trunk; the encoder is in its place in the model."""
 
     def __init__(self, trunk: Trunk, crew: Crew) -> None:
-        self._trunk, self._encoder, self._lengths = trunk, trunk.encoder, trunk.lengths
+        self.trunk, self._encoder, self._lengths = trunk, trunk.encoder, trunk.lengths
         self._precision, self._crew = trunk.precision, crew
 
     def logits(self, rows: Rows) -> torch.Tensor:
         lengths = self._lengths[rows]
         hands = 1 if self._encoder.draws else self._crew.hands
         places = shares(lengths, hands)
-        states = self._crew.each([partial(self._trunk.states, rows[place]) for place in places])
+        states = self._crew.each([partial(self.trunk.states, rows[place]) for place in places])
         tails = [partial(self._tail, *each) for each in zip(states, (lengths[place] for place in places), strict=True)]
         order = torch.from_numpy(np.argsort(np.concatenate(places)))
         with self._precision.autocast():
@@ -94,9 +94,15 @@ class Passes:
     """
 
     learn: Pass
-    check: Pass | None
-    crew: Crew
-    at_once: int | None
+    check: AboveTrunk | None = None
+    crew: Crew = ALONE
+    at_once: int | None = None
+    means: Means = MODEST
+
+    def ready_to_check(self) -> None:
+        """Compute the trunk of the rows to validate on, if that was not done."""
+        if self.check is not None and self.means.cache is not None and not self.check.trunk.is_kept:
+            self.check.trunk.keep(self.means.cache, self.means.base, self.crew)
 
 
 @contextmanager
@@ -112,9 +118,8 @@ def passes(
 ) -> Iterator[Passes]:
     """How batches go through the model while it learns. model: in training mode.  batch: rows of one."""
     if not Encoder.fits(model):
-        yield Passes(
-            Whole(model, train, padding, device, precision, means.compile), None, Crew(1), means.tokens_at_once
-        )
+        whole = Whole(model, train, padding, device, precision, means.compile)
+        yield Passes(whole, at_once=means.tokens_at_once)
         return
     exact = precision if not precision.low else Precision(device, low=False)
     encoder = Encoder(model, precision.dtype, precision.plain_until)
@@ -124,7 +129,6 @@ def passes(
     trunks = Trunk(encoder, train, padding, device, precision), Trunk(judge, validation, padding, device, exact)
     with encoder.in_place(), judge.in_place(), crew.at_work():
         if means.cache is not None:
-            for trunk in trunks:
-                trunk.keep(means.cache, means.base, crew)
+            trunks[0].keep(means.cache, means.base, crew)
         at_once = means.tokens_at_once or (LEARNED_AT_ONCE if device.type == "cpu" else None)
-        yield Passes(AboveTrunk(trunks[0], crew), AboveTrunk(trunks[1], Crew(1)), crew, at_once)
+        yield Passes(AboveTrunk(trunks[0], crew), AboveTrunk(trunks[1], ALONE), crew, at_once, means)

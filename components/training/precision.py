@@ -67,7 +67,7 @@ def arithmetic(device: torch.device, precision: str, shape: Shape) -> Precision:
 
     Raises TrainingError when bf16 is asked for and missing.
     """
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
+    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
     if precision == "bf16" and not able:
         raise TrainingError(
             "a device that computes in bfloat16", f"{device.type} without it", "set training.precision: auto"
@@ -77,7 +77,7 @@ def arithmetic(device: torch.device, precision: str, shape: Shape) -> Precision:
     return Precision(device, found.bfloat16, found.plain_until, found.math_until)
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     from torch.backends import cpu
 
     return (

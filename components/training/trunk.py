@@ -31,6 +31,7 @@ class Trunk:
         self.encoder, self.precision, self.lengths = encoder, precision, tokens.lengths
         self._tokens, self._padding, self._device = tokens, padding, device
         self._store: Store | None = None
+        self.is_kept = False  # or was to be, without room for it
 
     def digest(self, base: str) -> str:
         """Of all that the states follow from. base: digest of the weights."""
@@ -52,6 +53,7 @@ class Trunk:
             ]
             crew.each(work)
 
+        self.is_kept = True
         self._store = cache.opened(self.digest(base), lengths, cut.states, hidden, self.precision.dtype, fill)
 
     def states(self, rows: npt.NDArray[np.int64]) -> list[torch.Tensor]:

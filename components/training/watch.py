@@ -26,9 +26,12 @@ class Watch:
     def go(self) -> None:
         self._begin, self._cpu_begin = time.perf_counter(), time.process_time()
 
-    def lap(self) -> None:
-        self._state.seconds += time.perf_counter() - self._begin
+    def lap(self) -> float:
+        """Returns the seconds that it adds."""
+        passed = time.perf_counter() - self._begin
+        self._state.seconds += passed
         self._state.cpu_seconds += time.process_time() - self._cpu_begin
+        return passed
 
     def of_epoch(self) -> dict[str, float]:
         """The seconds of the epoch that ended: all so far without those of earlier epochs."""

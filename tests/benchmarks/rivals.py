@@ -94,7 +94,7 @@ def run(name: str, setup: Setup, epochs: int, seed: int, folder: Path) -> dict[s
     whole = {"seconds": time.perf_counter() - begin, "cpu_seconds": used.ru_utime + used.ru_stime}
     if status:
         raise SystemExit(f"expected {name} to train; found exit status {status}; see {folder / 'log'}")
-    measured = (_of_job if rival.runs == "ours" else _of_trainer)(folder, setup, whole)
+    measured = (_of_job if rival.runs == "ours" else _of_trainer)(folder, setup)
     return {**measured, "process": {**whole, "peak_rss_bytes": used.ru_maxrss * 1024}}
 
 
@@ -140,7 +140,7 @@ def _job(rival: Rival, setup: Setup, epochs: int, seed: int, folder: Path) -> li
     return [sys.executable, "-m", "components.training.job", *job]
 
 
-def _of_trainer(folder: Path, setup: Setup, whole: dict[str, float]) -> dict[str, Any]:
+def _of_trainer(folder: Path, setup: Setup) -> dict[str, Any]:
     from sklearn.metrics import f1_score
 
     result, truth = json.loads((folder / "result.json").read_bytes()), setup.data.truth()
@@ -152,23 +152,16 @@ def _of_trainer(folder: Path, setup: Setup, whole: dict[str, float]) -> dict[str
     return {"epochs": epochs, "trained_parameters": result["trained_parameters"]}
 
 
-def _of_job(folder: Path, setup: Setup, whole: dict[str, float]) -> dict[str, Any]:
-    """Where the job tells no seconds of epochs, all are taken as equal, and its CPU seconds as its share of all."""
+def _of_job(folder: Path, setup: Setup) -> dict[str, Any]:
     metrics = json.loads((folder / "bundle" / "metrics.json").read_bytes())
-    mean = metrics["training_seconds"] / metrics["epochs"]
     epochs = [
         {
-            "seconds": epoch.get("seconds", mean),
-            "cpu_seconds": epoch.get("cpu_seconds", mean * whole["cpu_seconds"] / whole["seconds"]),
+            "seconds": epoch["seconds"],
+            "cpu_seconds": epoch["cpu_seconds"],
             "accuracy": epoch["validation_accuracy"],
             "macro_f1": epoch["validation_macro_f1"],
         }
         for epoch in metrics["history"]
     ]
-    told = {name: metrics[name] for name in ("cache_seconds", "peak_memory_bytes", "matmul_share") if name in metrics}
-    return {
-        "epochs": epochs,
-        "trained_parameters": metrics["trained_parameters"],
-        "cpu_estimated": any("cpu_seconds" not in epoch for epoch in metrics["history"]),
-        "told_by_the_job": told,
-    }
+    told = {name: metrics[name] for name in ("cache_seconds", "peak_memory_bytes")}
+    return {"epochs": epochs, "trained_parameters": metrics["trained_parameters"], "told_by_the_job": told}

@@ -33,7 +33,6 @@ class Standing:
     once, in the first, is spread over them.
 
     median, best: of the samples' (wall, CPU) seconds an epoch.  share: of the device's peak, None where it is unknown.
-    cpu_estimated: the job did not tell them.
     accuracy, macro_f1: (mean, half of a 95 % interval of it by Student's t or None for one seed), after the last epoch.
     """
 
@@ -49,7 +48,6 @@ class Standing:
     setup: float
     share: float | None
     trained: int
-    cpu_estimated: bool = False
 
 
 def standing(samples: Sequence[Sample], owed: float, peak: float | None) -> Standing:
@@ -75,7 +73,6 @@ def standing(samples: Sequence[Sample], owed: float, peak: float | None) -> Stan
         ),
         share=owed / (wall * epochs) / peak if peak else None,
         trained=samples[0]["trained_parameters"],
-        cpu_estimated=any(sample.get("cpu_estimated") for sample in samples),
     )
 
 
@@ -129,7 +126,6 @@ def table(found: dict[str, Standing]) -> str:
     ]
     for name, row in found.items():
         wall, cpu = (f"{row.median[kind]:7.1f} ({row.best[kind]:.1f})" for kind in (0, 1))
-        cpu = "~" * row.cpu_estimated + cpu.lstrip()
         share = f"{row.share:.1%}" if row.share is not None else "–"
         lines.append(
             f"{RIVALS[name].title:28} {wall:>16} {cpu:>16} {row.first:8.1f} {percent(row.accuracy):>11}"

@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         adapter_rate=options.adapter_rate,
         full_rate=options.full_rate,
         threads=options.threads,
-        bf16=_bf16(config),
+        bf16=_bf16(),
         python=peer.python(out / "peer-venv") if needs_peer else "",
     )
     record = Record(out / "train.json", setup)
@@ -208,11 +208,11 @@ def _base_config(name: str) -> Any:
     return AutoConfig.from_pretrained(base_model.find(BaseConfig(name=name)).path)
 
 
-def _bf16(config: Any) -> bool:
-    from components.training.kernels import shape_of
-    from components.training.precision import arithmetic
+def _bf16() -> bool:
+    """Can the CPU? It does then for the tuned peer; our jobs measure whether it is faster."""
+    from components.training.precision import cpu_has_bf16
 
-    return arithmetic(torch.device("cpu"), "auto", shape_of(config)).low
+    return cpu_has_bf16()
 
 
 def _say(line: str) -> None:
