@@ -34,7 +34,7 @@ RUN cd "$VIRTUAL_ENV"/lib/python3*/site-packages \
  && find . -name '*.pyi' -delete
 # Bytecode cannot be written on a read-only root. That of what jobs and flows import saves them 10 s of CPU and takes
 # 135 MB; that of all packages would take 470.
-RUN "$VIRTUAL_ENV/bin/python" -c "import accelerate, boto3, datasets, datasketch, great_expectations, mlflow.pyfunc, peft, \
+RUN "$VIRTUAL_ENV/bin/python" -c "import accelerate, boto3, datasets, great_expectations, mlflow.pyfunc, peft, \
     prefect.cli, prefect.engine, prefect.workers.process, sklearn.feature_extraction.text, sklearn.linear_model, torch; \
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForSequenceClassification"
 
