@@ -31,6 +31,7 @@ POOLS = {
     "retrain/on-new-data": "local",
     "fuse/on-demand": "local",
     "upgrade/on-demand": "local",
+    "sweep/on-demand": "local",
     "promote/review": "local",
     "roll-back/now": "local",
     "approvals/tags": "local",

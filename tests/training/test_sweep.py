@@ -188,7 +188,7 @@ class TestTheProcess:
         some = {name: toy_spec(lively_base, data, "pfeiffer", 1, seed=seed) for seed, name in enumerate("ab")}
         sweep.write(errands(some, tmp_path), tmp_path / "errands.json")
         ended = self.run(tmp_path / "errands.json")
-        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.returncode == 0, ended.stderr
         heard = [sweep.heard(line) for line in ended.stdout.splitlines()]
         assert [news.errand for news in heard if news and news.event is None] == [0, 1]
         assert {news.errand for news in heard if news and news.event and news.event.metrics} == {0, 1}
