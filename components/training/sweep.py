@@ -23,6 +23,7 @@ from components import disk
 from components.errors import AdapterlineError, ConfigError, TrainingError
 from components.frozen import Frozen
 from components.training import job
+from components.training.distributed import end_with_parent
 from components.training.material import Shelf
 from components.training.progress import Event
 from components.training.spec import JobSpec
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("errands", type=Path, help="JSON file: a list of job specs, each with its place")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
+    end_with_parent()  # a worker of Ray that is killed ends no process of its own
     try:
         run(read(options.errands), tell)
     except Exception as error:  # of a library: its message might quote a row, its name does not

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from components.data import ledger
 from components.errors import ConfigError
 from components.evaluation import choice
 from components.registry import bundle, tracking
+from components.training import sweep as process
 from components.training.spec import DataRef
 from flows import groups, steps
 from flows.sweep import sweep
@@ -27,6 +32,7 @@ from tests.training.toy_jobs import toy_spec
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("servers"), pytest.mark.usefixtures("servers")]
 
 MODEL = "swept"
+PATIENCE_S = 300
 TRIED = {"methods": ["pfeiffer", "lora"], "learning_rates": [1e-4, 1e-2], "seeds": [0, 1]}
 
 
@@ -94,7 +100,7 @@ class TestASweep:
         assert parent.info.status == "FINISHED"
         for run in (parent, *runs):
             assert "best_validation_accuracy" in run.data.metrics
-            assert not [name for name in run.data.metrics if "test" in name]
+            assert not [name for name in run.data.metrics if name.startswith("test")]
 
     def test_registers_nothing(self, chosen: dict[str, Any]) -> None:
         assert not connect().client.search_model_versions(f"name = '{MODEL}'")
@@ -172,9 +178,39 @@ class TestOnRay:
         runs = children(parent)
         assert [run.info.status for run in runs] == ["FINISHED"] * 4
         assert all(bundle.is_complete(_bundle(run, workspace)) for run in runs)
-        assert not [each for each in psutil.process_iter(["environ"]) if _is_of(each, str(tmp_path / "cache"))]
+        assert not _processes(str(tmp_path / "cache"))
+
+    @pytest.mark.long
+    def test_ctrl_c_ends_all_that_was_started(
+        self, settings: Settings, servers: dict[str, str], tmp_path: Path
+    ) -> None:
+        pytest.importorskip("prefect_ray")
+        config = swept(settings, "stopped", task_runner="ray", adapter__schedule__patience=10_000)
+        path, cache = tmp_path / "stopped.yaml", str(tmp_path / "cache")
+        content = config.model_dump(mode="json")
+        content["adapter"]["schedule"]["epochs"] = 10_000
+        path.write_text(yaml.safe_dump(content))
+        environment = {**os.environ, **servers, "ADAPTERLINE_CACHE": cache}
+        flow = subprocess.Popen([sys.executable, "-m", "flows.sweep", "--config", str(path)], env=environment)
+        try:
+            _until(lambda: any(process.MODULE in each.cmdline() for each in _processes(cache)), flow)
+            flow.send_signal(signal.SIGINT)
+            assert flow.wait(PATIENCE_S) == 130
+            _until(lambda: not _processes(cache))
+        finally:
+            for each in _processes(cache):
+                each.kill()
 
 
-def _is_of(process: psutil.Process, cache: str) -> bool:
-    """Was it started by the command with this cache? Its children have the same environment."""
-    return (process.info["environ"] or {}).get("ADAPTERLINE_CACHE") == cache
+def _processes(cache: str) -> list[psutil.Process]:
+    """Those of the command with this cache: its children have the same environment."""
+    every = psutil.process_iter(["environ"])
+    return [each for each in every if (each.info["environ"] or {}).get("ADAPTERLINE_CACHE") == cache]
+
+
+def _until(holds: Callable[[], bool], flow: subprocess.Popen[Any] | None = None) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < deadline
+        assert flow is None or flow.poll() is None
+        time.sleep(0.5)
