@@ -185,10 +185,10 @@ class TestOnRay:
         self, settings: Settings, servers: dict[str, str], tmp_path: Path
     ) -> None:
         pytest.importorskip("prefect_ray")
-        config = swept(settings, "stopped", task_runner="ray", adapter__schedule__patience=10_000)
+        config = swept(settings, "stopped", task_runner="ray")
         path, cache = tmp_path / "stopped.yaml", str(tmp_path / "cache")
         content = config.model_dump(mode="json")
-        content["adapter"]["schedule"]["epochs"] = 10_000
+        content["adapter"]["schedule"] |= {"epochs": 10_000, "patience": 10_000}
         path.write_text(yaml.safe_dump(content))
         environment = {**os.environ, **servers, "ADAPTERLINE_CACHE": cache}
         flow = subprocess.Popen([sys.executable, "-m", "flows.sweep", "--config", str(path)], env=environment)
