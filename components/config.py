@@ -196,6 +196,31 @@ class ComputeConfig(Frozen):
     timeout_hours: float = Field(12, gt=0)
 
 
+class SweepConfig(Frozen):
+    """What `flows/sweep.py` tries: every combination. Where a list is empty, the parameters' own value counts."""
+
+    methods: tuple[AdapterMethod, ...] = ()
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="peak rates of what the method adds to the base; those of layer norms and head stay"
+    )
+    reduction_factors: tuple[Annotated[float, Field(gt=0)], ...] = Field((), description="of methods that have one")
+    seeds: tuple[int, ...] = ()
+    groups: Positive | None = Field(
+        None, description="processes that share the jobs; by default one here, and with ray one for each method"
+    )
+    task_runner: Literal["threads", "ray"] = Field("threads", description="ray: groups spread over a Ray cluster")
+    ray_address: str | None = Field(
+        None, description="of a cluster that shares the workspace's disk; by default a local Ray for the run"
+    )
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> SweepConfig:
+        for name in ("methods", "learning_rates", "reduction_factors", "seeds"):
+            if len(set(values := getattr(self, name))) < len(values):
+                raise ValueError(f"{name} must be different")
+        return self
+
+
 class RetrainConfig(Frozen):
     """Parameters of `flows/retrain.py`."""
 
@@ -211,6 +236,7 @@ class RetrainConfig(Frozen):
     report: ReportConfig = ReportConfig()
     registry: RegistryConfig = RegistryConfig()
     compute: ComputeConfig = ComputeConfig()
+    sweep: SweepConfig | None = Field(None, description="read by flows/sweep.py alone")
     seed: int = 0
 
 

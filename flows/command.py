@@ -27,21 +27,26 @@ if TYPE_CHECKING:
 # What every retrain imports, once its servers start.
 MEANWHILE = ("datasets", "mlflow")
 INTERRUPTED = "interrupted: run the same command again to go on from the last checkpoint"
+CODES = "0 registered or up to date, 2 the gate failed, 3 the test part is too small, 1 an error"
 ABOUT = "Retrain an adapter, compare it with full fine-tuning, register it if it passes the gate."
 
 
 def main(
-    flow: Callable[[RetrainConfig], str],
+    flow: Callable[[RetrainConfig], Any],
     arguments: list[str] | None = None,
     module: str = "flows.retrain",
     about: str = ABOUT,
     upgrade: Callable[..., list[str]] | None = None,
+    codes: str = CODES,
+    registers: bool = True,
 ) -> int:
-    """module: what was started with -m.  about: what it does, in a sentence.  upgrade: the flow behind --all-from."""
+    """module: what was started with -m.  about: what it does, in a sentence.  upgrade: the flow behind --all-from.
+    codes: what exit codes mean.  registers: does the flow return the version that answers?
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=about,
-        epilog="exit code: 0 registered or up to date, 2 the gate failed, 3 the test part is too small, 1 an error",
+        epilog=f"exit code: {codes}",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--preset", help="a ready parameter set of flows/presets, and a method if you like: tweets+lora")
@@ -65,8 +70,9 @@ def main(
         settings = read(options.preset or options.config, _overrides(options.set))
         with _prefect() as ready, servers() as stack, _terminal() as terminal:
             ready()
-            version = flow(settings)
-            _closing(settings, version, stack, terminal.registered)
+            made = flow(settings)
+            if registers:
+                _closing(settings, made, stack, terminal.registered)
     return ending.code
 
 

@@ -6,14 +6,16 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 import psutil
 from prefect import Task
+from prefect.futures import PrefectFuture
 
 from components import forks
 from components.config import ComputeConfig
@@ -22,6 +24,8 @@ from components.registry.tracking import RUN_VARIABLE
 from components.training import launch, progress
 from components.training.spec import JobSpec, Limits
 from flows.values import Run, Trained
+
+T = TypeVar("T")
 
 CANCEL_S = 10
 # Where the kernel counts what it killed for want of memory, by version of control groups.
@@ -76,14 +80,19 @@ def _quota(path: Path) -> int | None:
 def side_by_side(
     train: Task[..., Trained], specs: Sequence[JobSpec], jobs: int, compute: ComputeConfig, run: Run
 ) -> list[Trained]:
-    """Run the jobs as concurrent tasks, or one after the other when `jobs` is 1. Results in the order of specs.
+    """Run the jobs as concurrent tasks, or one after the other when `jobs` is 1. Results in the order of specs."""
+    if jobs < len(specs):
+        _interrupted.clear()
+        return [train(spec, compute, run) for spec in specs]
+    return all_of(lambda: [train.submit(spec, compute, run) for spec in specs])
 
-    When the flow is interrupted, the jobs are ended with it: tasks run in threads that no signal reaches.
+
+def all_of(submit: Callable[[], Sequence[PrefectFuture[T]]]) -> list[T]:
+    """What the tasks that `submit` submits return. When the flow is interrupted, their jobs are ended with
+    it: tasks run in threads that no signal reaches.
     """
     _interrupted.clear()
-    if jobs < len(specs):
-        return [train(spec, compute, run) for spec in specs]
-    futures = [train.submit(spec, compute, run) for spec in specs]
+    futures = submit()
     try:
         for future in futures:
             future.wait()
@@ -142,22 +151,32 @@ def run(
     Raises TrainingError with the job's own line, JobKilled when its process was killed, OutOfMemory when the limit of
     its container was reached. When this process is interrupted the job is ended with it.
     """
-    environment = {
-        **os.environ,
-        "MLFLOW_TRACKING_URI": tracking_uri,
-        RUN_VARIABLE: mlflow_run,
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     require_flow(spec)
+
+    def hear(line: str) -> None:
+        if event := progress.parse(line):
+            report(event)
+
+    run_variables = {"MLFLOW_TRACKING_URI": tracking_uri, RUN_VARIABLE: mlflow_run}
+    follow_process(launch.command(spec, path, out), f"job {spec.method}", run_variables, timeout_hours, hear)
+
+
+def follow_process(
+    command: Sequence[str], name: str, variables: Mapping[str, str], timeout_hours: float, hear: Callable[[str], None]
+) -> None:
+    """Run a process that trains to its end, passing on each line of its standard output. Raises what `run` raises.
+
+    variables: in its environment, beside ours.
+    """
+    environment = {**os.environ, **variables, "TOKENIZERS_PARALLELISM": "false"}
     killed_before = _killed_for_memory()
     with tempfile.TemporaryFile("w+") as errors:
-        process = _started(spec, path, out, errors, environment)
+        process = _started(command, errors, environment)
         expired = _Alarm(process, timeout_hours * 3600)
         try:
             with ended_with_flow(process.terminate):
                 for line in process.stdout or ():
-                    if event := progress.parse(line):
-                        report(event)
+                    hear(line)
                 code = process.wait()
         finally:
             expired.cancel()
@@ -168,31 +187,30 @@ def run(
         return
     if expired.fired:
         raise TrainingError(
-            f"job {spec.method} within {timeout_hours:g} h",
+            f"{name} within {timeout_hours:g} h",
             "one that is still running",
             "raise compute.timeout_hours; it resumes",
         )
     if _killed_for_memory() > killed_before:
         raise OutOfMemory(
-            f"job {spec.method} to fit into memory",
+            f"{name} to fit into memory",
             "it was killed at the limit of its container",
             "raise its memory (compute.job_variables) or lower training.batch_size; it resumes",
         )
     if code - 128 in signal.valid_signals():  # as a shell and accelerate's launcher tell of a signal
         code = 128 - code
     if code == -signal.SIGKILL:  # what the kernel sends when memory of the machine runs out
-        raise JobKilled(f"job {spec.method} to finish", "its process killed by SIGKILL", "give it memory; it resumes")
+        raise JobKilled(f"{name} to finish", "its process killed by SIGKILL", "give it memory; it resumes")
     if code < 0:
-        name = signal.Signals(-code).name
-        raise TrainingError(f"job {spec.method} to finish", f"its process ended by {name}", "run again: it resumes")
-    raise _failed(spec, last)
+        ended_by = signal.Signals(-code).name
+        raise TrainingError(f"{name} to finish", f"its process ended by {ended_by}", "run again: it resumes")
+    raise _failed(name, last)
 
 
-def _started(spec: JobSpec, path: str, out: str, errors: IO[str], environment: Mapping[str, str]) -> forks.Process:
-    program, *arguments = launch.command(spec, path, out)
-    if spec.limits.processes == 1:
-        return forks.start(arguments, errors, environment)
-    return subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+def _started(command: Sequence[str], errors: IO[str], environment: Mapping[str, str]) -> forks.Process:
+    if command[:2] == [sys.executable, "-m"] and command[2] != launch.__name__:  # which starts processes of its own
+        return forks.start(command[1:], errors, environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
 
 
 def _killed_for_memory() -> int:
@@ -203,10 +221,8 @@ def _killed_for_memory() -> int:
     return 0
 
 
-def _failed(spec: JobSpec, line: str) -> TrainingError:
-    return TrainingError(
-        f"job {spec.method} to finish", f"its message: {line}", "correct that and run again: it resumes"
-    )
+def _failed(name: str, line: str) -> TrainingError:
+    return TrainingError(f"{name} to finish", f"its message: {line}", "correct that and run again: it resumes")
 
 
 def _end(process: forks.Process) -> None:

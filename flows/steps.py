@@ -109,8 +109,9 @@ def require_fit(config: RetrainConfig, base: Path) -> None:
 
 
 @contextmanager
-def recorded(config: RetrainConfig, rows: Rows, plan: Plan) -> Iterator[Run]:
-    """The parent run in MLflow for the length of the block; FAILED when an error leaves it."""
+def recorded(config: RetrainConfig, rows: Rows, plan: Plan, what: str | None = None) -> Iterator[Run]:
+    """The parent run in MLflow for the length of the block; FAILED when an error leaves it. what: by default a retrain,
+    or the making of a fusion."""
     connection = tracking.connect(config.registry)
     tags = {
         "model": config.model,
@@ -124,7 +125,7 @@ def recorded(config: RetrainConfig, rows: Rows, plan: Plan) -> Iterator[Run]:
     reports.mkdir(parents=True, exist_ok=True)
     for left in reports.iterdir():
         left.touch()  # in use again, as `tidy` sees it
-    name = f"{'fuse' if config.adapter.fusion else 'retrain'} {config.model}"
+    name = f"{what or ('fuse' if config.adapter.fusion else 'retrain')} {config.model}"
     run = Run(connection, tracking.start(connection, name, tags), reports, config.registry.store)
     try:
         tracking.record(connection, run.id, params=flat(config.model_dump(mode="json")))

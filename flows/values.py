@@ -19,7 +19,7 @@ from components.training.spec import DataRef, JobSpec, Limits, code_version
 # Settings that decide neither what is learned nor what is concluded.
 WITHOUT_EFFECT: dict[str, Any] = {
     "compute": {"deployment", "job_variables", "processes", "workspace", "threads", "job_memory_gb", "timeout_hours"},
-    "registry": True, "report": True, "data": {"source", "revision"},
+    "registry": True, "report": True, "sweep": True, "data": {"source", "revision"},
     "adapter": {"fusion": {"members"}},  # the bundles that these stand for today decide
 }  # fmt: skip
 

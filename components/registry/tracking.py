@@ -157,6 +157,14 @@ def end_abandoned(tracking: Tracking, model: str, known: Collection[str]) -> Non
 
 
 @_translated
+def finished(tracking: Tracking, tag: str, value: str) -> str | None:
+    """Id of the newest run with this tag that finished; None when there is none."""
+    wanted = f"tags.{tag} = '{value}' and attributes.status = 'FINISHED'"
+    runs = tracking.client.search_runs([tracking.experiment_id], wanted, max_results=1)  # newest first
+    return str(runs[0].info.run_id) if runs else None
+
+
+@_translated
 def record(
     tracking: Tracking,
     run_id: str,

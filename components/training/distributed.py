@@ -67,7 +67,7 @@ class Group:
             return
         import torch.distributed as dist
 
-        _end_with_parent()
+        end_with_parent()
         own = find_device(device, self)
         with _others():
             backend = "gloo" if own.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -237,7 +237,7 @@ def _others() -> Iterator[None]:
         ) from error
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A launcher that is killed takes its processes along: nobody would end them or look at them."""
     if sys.platform == "linux":
         import ctypes

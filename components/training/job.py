@@ -27,11 +27,11 @@ from components.methods import members_of
 from components.registry import bundle
 from components.training import distributed, memory, progress
 from components.training.distributed import ALONE, Group
+from components.training.material import Shelf
 from components.training.spec import JobSpec, code_version, parse
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
     from torch import nn
 
     from components.base_model import BaseModel
@@ -74,20 +74,26 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(spec: JobSpec, out: str, report: progress.Progress, group: Group = ALONE) -> bundle.Manifest:
-    """Train `spec` and leave its bundle at `out`; returns at once when it is there."""
+def run(
+    spec: JobSpec, out: str, report: progress.Progress, group: Group = ALONE, shelf: Shelf | None = None
+) -> bundle.Manifest:
+    """Train `spec` and leave its bundle at `out`; returns at once when it is there.
+
+    shelf: of several jobs of this process, with what they have read so far.
+    """
+    shelf = shelf or Shelf()
     folder = cache.folder() / "jobs" / spec.digest if storage.is_s3(out) else Path(out)
     with memory.watched(spec.training, spec.limits.device), _alone_in(folder, group):
         if manifest := group.from_main(lambda: _found(spec, out)):
             return manifest
         device = distributed.find_device(spec.limits.device, group)  # before anything is fetched or imported
         if not storage.is_s3(out):
-            return _learn(spec, folder, report, group, device)
+            return _learn(spec, folder, report, group, device, shelf)
         from components.training.mirror import Mirror
 
         mirror = Mirror(spec.digest, folder, out) if group.is_main else None
         manifest = group.from_main(lambda: _found(spec, str(folder)))  # of a try that could not deliver it
-        manifest = manifest or _learn(spec, folder, report, group, device, mirror)
+        manifest = manifest or _learn(spec, folder, report, group, device, shelf, mirror)
         if mirror:
             mirror.deliver()
             shutil.rmtree(folder)
@@ -127,6 +133,7 @@ def _learn(
     report: progress.Progress,
     group: Group,
     device: torch.device,
+    shelf: Shelf,
     mirror: Mirror | None = None,
 ) -> bundle.Manifest:
     if spec.code != code_version():
@@ -136,7 +143,6 @@ def _learn(
     memory.spare()
     import torch
 
-    from components import base_model
     from components.training import checkpoint, finishing, loop
 
     if group.is_main:
@@ -147,11 +153,10 @@ def _learn(
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Each new tensor would be filled before it is written: 5 to 10 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch hides it
-    with group.first_here():
-        base = base_model.find_pinned(spec.base)
-    parts, tokens, padding = _data(spec, base)
+    material = shelf.material(spec, group)
+    parts, tokens, padding = material.parts, material.tokens, material.padding
     torch.manual_seed(spec.seed)  # before head and adapter are drawn
-    model, frozen = _model(spec, base, device)
+    model, frozen = _model(spec, material.base, device)
     learner = loop.learner(model, spec.schedule, spec.training, len(parts["train"]), device, group)
 
     def keep(state: loop.State, best: bool) -> None:
@@ -209,21 +214,6 @@ def _means(spec: JobSpec) -> Means:
     limit = int(spec.limits.trunk_cache_gb * 1e9)
     kept = TrunkCache(cache.folder(), limit) if limit else None
     return Means(kept, spec.base.weights_sha256, spec.limits.compile, spec.limits.tokens_at_once)
-
-
-def _data(spec: JobSpec, base: BaseModel) -> tuple[dict[str, Dataset], dict[str, Any], int]:
-    """The parts of the split, their tokens, and the id of the padding token."""
-    from components import base_model
-    from components.data import ledger
-    from components.training.batching import tokenise
-
-    with tempfile.TemporaryDirectory() as folder:
-        parts, labels = ledger.load_parts(spec.data.uri, spec.data.digest, Path(folder))
-    if labels != spec.labels:
-        raise ConfigError(f"labels {', '.join(spec.labels)}", ", ".join(labels), "split the data again")
-    tokenizer = base_model.load_tokenizer(base)
-    tokens = {name: tokenise(table, tokenizer, spec.training.max_tokens) for name, table in parts.items()}
-    return parts, tokens, int(tokenizer.pad_token_id or 0)
 
 
 def _model(spec: JobSpec, base: BaseModel, device: torch.device) -> tuple[nn.Module, int]:

@@ -32,6 +32,7 @@ POOLS = {
     "fuse/on-demand": "local",
     "upgrade/on-demand": "local",
     "score/on-demand": "local",
+    "sweep/on-demand": "local",
     "promote/review": "local",
     "roll-back/now": "local",
     "approvals/tags": "local",
