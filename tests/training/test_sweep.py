@@ -113,9 +113,10 @@ def test_the_trunk_is_computed_once_for_all_that_are_cut_at_the_same_place(
     ) for seed in (1, 2) for size in (2, 4)}  # fmt: skip
     some["late"] = toy_spec(lively_base, data, "pfeiffer", 2, limits=LIMITS, settings=LATE)
     sweep.run(errands(some, tmp_path), unheard)
-    rows = len(material.Shelf().material(some["late"]).tokens["train"].ids)
+    tokens = material.Shelf().material(some["late"]).tokens
+    rows = len(tokens["train"].ids) + len(tokens["validation"].ids)
     assert list(computed.values()) == [rows, rows]
-    assert len(list((own_cache / "trunk").glob("*.states"))) == 2
+    assert len(list((own_cache / "trunk").glob("*.states"))) == 4  # of both parts, for each cut
 
 
 def test_what_jobs_share_is_read_once(
