@@ -230,7 +230,8 @@ def _become(request: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; this process ends with the one it serves
+    # Ctrl-C reaches all. This process ends with the one it serves; what it forks hears it as what that one starts does.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):  # noqa: PTH123
         for name in LIBRARIES:
@@ -238,7 +239,7 @@ def main() -> None:
                 importlib.import_module(name)
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
     if request is not None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
         _become(request)
 
 

@@ -16,6 +16,7 @@ import fcntl
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--progress", choices=("bar", "json"), default="bar")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries to one another
     group, bar = distributed.ALONE, None
     try:
         group = distributed.from_environment()

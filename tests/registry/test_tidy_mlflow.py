@@ -97,12 +97,17 @@ class There:
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Stack]:
+    _forget_keys()
+    with local.stack(tmp_path_factory.mktemp("stack")) as stack, local.exported(stack.environment):
+        yield stack
+    _forget_keys()
+
+
+def _forget_keys() -> None:
+    """The next stack has other keys, and may have the port of one before: of this module's, or of another's."""
     import boto3
     from mlflow.store.artifact.s3_artifact_repo import _cached_get_s3_client
 
-    with local.stack(tmp_path_factory.mktemp("stack")) as stack, local.exported(stack.environment):
-        yield stack
-    # The next stack may have this one's port, and has other keys.
     _cached_get_s3_client.cache_clear()
     boto3.setup_default_session()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,11 +24,13 @@ class Model(nn.Module):
 
 
 def test_without_a_compiler_the_reason_is_told_once_and_the_model_goes_on(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     import torch._inductor.config as inductor
 
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # or what was compiled before would do
     monkeypatch.setattr(inductor, "fx_graph_cache", False)
+    monkeypatch.setattr(logging.getLogger("adapterline"), "propagate", True)  # as a command may have left it
     monkeypatch.setattr(inductor.cpp, "cxx", ("/no/such/compiler",))
     torch._dynamo.reset()
     model = Model()
