@@ -303,7 +303,8 @@ def test_loaded_without_a_second_copy_in_memory(method: str, tmp_path: Path) -> 
     stir(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny("bert"), tmp_path / "task", adapter_name="task", low_cpu_mem_usage=True)
-    assert torch.equal(hidden(loaded.eval(), "bert"), hidden(model, "bert"))
+    # Where weights lie in memory decides on some processors how sums are rounded.
+    assert torch.allclose(hidden(loaded.eval(), "bert"), hidden(model, "bert"), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["layer", "encoder", "down", "weight", "rule", "self_0", "dropout"])

@@ -14,6 +14,7 @@ from components import config
 from flows import command as cli
 from flows.retrain import retrain
 from flows.upgrade import upgrade
+from tests.conftest import PLAIN, make_base
 from tests.flows.conftest import Settings
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -112,16 +113,17 @@ class TestServing:
 
     def test_a_fresh_process_loads_the_candidate_and_predicts(self, settings: Settings, command: Run) -> None:
         retrain(settings("served"))
+        texts = [
+            f"{words} {' '.join(PLAIN[:8])}" for words in ("lovely great", "awful sad")
+        ]  # as those it learned from
         script = (
             "import mlflow; model = mlflow.pyfunc.load_model('models:/served@candidate'); "
-            "print(list(model.predict(['lovely great word1', 'awful sad word2'])['label']))"
+            f"print(list(model.predict({texts})['label']))"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert done.stdout.strip() == "['good', 'bad']", done.stderr
 
     def test_another_base_is_refused(self, settings: Settings, command: Run, tmp_path: Path) -> None:
-        from tests.conftest import make_base
-
         retrain(settings("served"))
         other = make_base(tmp_path / "other", initializer_range=0.2)
         done = command(
