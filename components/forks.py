@@ -40,6 +40,7 @@ LIBRARIES = (
 )
 # Where a driver is, CUDA may have been touched by an import, and a fork could not use it.
 CUDA = Path("/dev/nvidiactl")
+TRIES = 2
 
 
 class Fork:
@@ -139,19 +140,27 @@ def _end() -> None:
 def start(arguments: Sequence[str], stderr: IO[Any], environment: Mapping[str, str], folder: str = "") -> Process:
     """Run `python ARGUMENTS`, which are `-m MODULE …` or `-P FILE …`.  folder: to run in."""
     folder = folder or str(Path.cwd())
-    if CUDA.exists():
-        command = [sys.executable, *arguments]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=dict(environment), cwd=folder
-        )
     request = {"arguments": list(arguments), "environment": dict(environment), "folder": folder}
-    out, end = os.pipe()
-    with os.fdopen(end, "w"):
-        try:
-            pid, ending = (parent := _parent()).fork(request, end, stderr.fileno())
-        except OSError:  # it was killed: another
-            pid, ending = _parent(parent).fork(request, end, stderr.fileno())
-    return Fork(pid, os.fdopen(out), ending)
+    gone = None
+    for _ in range(0 if CUDA.exists() else TRIES):
+        out, end = os.pipe()
+        with os.fdopen(end, "w"):
+            try:
+                pid, ending = (parent := _parent(gone)).fork(request, end, stderr.fileno())
+            except OSError:  # it was killed
+                os.close(out)
+                gone = parent
+                continue
+        return Fork(pid, os.fdopen(out), ending)
+    # What kills the one that forks, too little memory say, is then told of the process that it is about.
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=dict(environment),
+        cwd=folder,
+    )
 
 
 def run(arguments: Sequence[str], environment: Mapping[str, str], folder: str = "") -> subprocess.CompletedProcess[str]:

@@ -120,3 +120,15 @@ def test_nothing_is_left_when_its_starter_has_ended(program: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not psutil.pid_exists(int(done.stdout))
+
+
+def test_where_what_forks_is_killed_again_and_again_the_process_starts_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(self: Any, request: Any, stdout: int, stderr: int) -> Any:
+        raise ConnectionResetError
+
+    monkeypatch.setattr(forks._Parent, "fork", gone)
+    done = forks.run(["-m", "platform"], os.environ)
+    assert done.returncode == 0
+    assert done.stdout.strip()

@@ -56,7 +56,7 @@ class Running:
         tests share a job."""
         path = self.folder / f"{model}.csv"
         if not path.exists():
-            write_csv(path, toy_rows(300))
+            write_csv(path, toy_rows(600))
         rates = {"body": 1e-2, "layer_norm": 1e-2, "head": 1e-2}
         content = {
             "model": model,

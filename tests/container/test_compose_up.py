@@ -146,7 +146,7 @@ def toy(tiny_base: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         shutil.copytree(tiny_base, folder / "base")
-        write_csv(folder / "rows.csv", toy_rows(300))
+        write_csv(folder / "rows.csv", toy_rows(600))
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
         yield folder
