@@ -139,7 +139,7 @@ def _write_slowly(folder: Path, log: Path) -> None:
 
 def test_of_several_writers_one_writes_and_the_others_read(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # what tests before have left in this process is not theirs
     writers = [context.Process(target=_write_slowly, args=(tmp_path, log)) for _ in range(3)]
     for writer in writers:
         writer.start()
