@@ -84,11 +84,11 @@ class Fleet:
         """Row numbers and model inputs."""
         import torch
 
-        from components.training.batching import collate, tokenise
+        from components.training.batching import bounded_batches, collate, tokenise
 
         tokens = tokenise(rows, self._tokenizer, limit)
         with torch.inference_mode():
-            for batch in bounded(tokens.lengths, most):
+            for batch in bounded_batches(tokens.lengths, most):
                 padding = int(self._tokenizer.pad_token_id or 0)
                 yield batch, collate(tokens, batch, padding, torch.device(self._device))
 
@@ -127,16 +127,6 @@ def shares(folder: Path, manifest: bundle.Manifest) -> bool:
         return False
     config: Any = methods.load_config(folder)
     return config.peft_type == "BOTTLENECK" and not config.prefix_length
-
-
-def bounded(lengths: npt.NDArray[np.int64], most: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Row numbers of batches of at most so many tokens, padding included; longest first, one row at least."""
-    order = np.argsort(-lengths, kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, most // max(1, int(lengths[order[start]])))
-        yield order[start : start + size]
-        start += size
 
 
 def _model(base: BaseModel, manifests: Mapping[str, bundle.Manifest], folders: Mapping[str, Path]) -> Any:

@@ -11,7 +11,8 @@ from torch import nn
 from components.errors import BundleError, ConfigError, DataError
 from components.serving import classifier, fleet
 from components.serving.classifier import table
-from components.serving.fleet import Fleet, bounded
+from components.serving.fleet import Fleet
+from components.training.batching import bounded_batches
 from components.training.spec import DataRef
 from tests.conftest import make_base, toy_rows
 from tests.registry.registered import seal
@@ -141,7 +142,7 @@ def test_a_bundle_that_lacks_a_weight_is_refused_by_name(bundle_of: Bundle, tmp_
 
 def test_batches_are_bounded_by_tokens_and_hold_each_row_once() -> None:
     lengths = np.random.default_rng(0).integers(1, 300, 1_000)
-    batches = list(bounded(lengths, 1_024))
+    batches = list(bounded_batches(lengths, 1_024))
     assert sorted(np.concatenate(batches).tolist()) == list(range(1_000))
     assert max(len(batch) * lengths[batch].max() for batch in batches) <= 1_024
-    assert [len(batch) for batch in bounded(np.array([5_000, 3]), 1_024)] == [1, 1]
+    assert [len(batch) for batch in bounded_batches(np.array([5_000, 3]), 1_024)] == [1, 1]
