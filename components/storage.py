@@ -122,9 +122,7 @@ def names(uri: str) -> list[str]:
 def listing(uri: str) -> list[Entry]:
     """The objects (or files) directly or deeper below a prefix, sorted by name, which is relative to it."""
     if not is_s3(uri):
-        root = Path(uri)
-        found = sorted(path.relative_to(root).as_posix() for path in root.rglob("*"))
-        return [entry for name in found if UNFINISHED not in name and (entry := _entry(root / name, name))]
+        return sorted(_files(Path(uri)), key=lambda entry: entry.name)
     bucket, prefix = parts(uri)
     prefix = f"{prefix.rstrip('/')}/" if prefix else ""
     with translated(uri):
@@ -203,6 +201,15 @@ def _object(name: str, size: int, found: Mapping[str, Any]) -> Entry:
     """An answer about one has its time in whole seconds, a listing may have more."""
     modified = found["LastModified"].timestamp()
     return Entry(name, size, f"{found['ETag']} {int(modified)}", modified)
+
+
+def _files(root: Path) -> Iterator[Entry]:
+    # os.walk goes on where a folder vanishes while it looks, as a racing writer's does; rglob does not.
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if not name.startswith(UNFINISHED)]
+        for path in (Path(folder) / name for name in files):
+            if entry := _entry(path, path.relative_to(root).as_posix()):
+                yield entry
 
 
 def _entry(path: Path, name: str) -> Entry | None:

@@ -59,6 +59,23 @@ def test_names_are_relative_deep_and_sorted(tmp_path: Path) -> None:
     assert storage.names(str(tmp_path / "b")) == ["deep/one", "two"]
 
 
+def test_names_are_those_of_whole_files_while_others_write(tmp_path: Path) -> None:
+    uri = storage.join(str(tmp_path), "folder")
+    assert storage.write(f"{uri}/first", b"")
+    ended = threading.Event()
+
+    def write() -> None:
+        for _ in range(1000):
+            storage.write(f"{uri}/second", b"")
+        ended.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not ended.is_set():
+        assert storage.names(uri) in (["first"], ["first", "second"])
+    writer.join()
+
+
 def test_nothing_has_no_names(tmp_path: Path) -> None:
     assert storage.names(str(tmp_path / "absent")) == []
 
