@@ -122,9 +122,7 @@ class RemovingWorker(DockerWorker):
         except RuntimeError as error:  # Prefect's, in place of Docker's
             raise DockerException(str(error)) from error
         with contextlib.closing(client):
-            found: list[Container] = client.containers.list(
-                all=True, filters={"label": labels}, ignore_removed=True
-            )
+            found: list[Container] = client.containers.list(all=True, filters={"label": labels}, ignore_removed=True)
             return [container for container in found if container.status in ENDED]
 
     async def _settle(self, container: Container) -> None:

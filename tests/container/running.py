@@ -100,9 +100,7 @@ class Running:
     def containers(self, *, every: bool = False) -> list[Container]:
         """This stack's containers: running ones, or all."""
         label = f"adapterline.stack={self.variables['ADAPTERLINE_STACK_ID']}"
-        found: list[Container] = self.engine.containers.list(
-            all=every, filters={"label": label}, ignore_removed=True
-        )
+        found: list[Container] = self.engine.containers.list(all=every, filters={"label": label}, ignore_removed=True)
         return found
 
     def client(self) -> SyncPrefectClient:
