@@ -122,7 +122,19 @@ def parts(lengths: npt.NDArray[np.int64], tokens: int | None) -> list[npt.NDArra
     """Places in a batch of what goes through the model at once: all, or rows of at most so many tokens with padding."""
     if tokens is None:
         return [np.arange(len(lengths))]
-    return list(bounded_batches(lengths, tokens))
+    most = max(1, tokens // max(1, int(lengths.max())))
+    size = 1 << (most.bit_length() - 1)  # a power of two, for the sake of few shapes
+    order = np.argsort(-lengths, kind="stable")
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def widened(tokens: int) -> int:
+    """So many tokens, or a few more: there are a dozen widths, not hundreds.
+
+    oneDNN compiles kernels for each shape of a product in bfloat16, which takes as long as computing a small one.
+    """
+    step = next((step for step, most in ((8, 32), (16, 128), (32, 256)) if tokens <= most), 64)
+    return -(-tokens // step) * step
 
 
 def collate(

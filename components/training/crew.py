@@ -84,6 +84,4 @@ def shares(lengths: npt.NDArray[np.int64], hands: int) -> list[npt.NDArray[np.in
     lengths: (batch,).  Returns at most `hands` arrays, none empty.
     """
     order = np.argsort(lengths, kind="stable")
-    done = np.cumsum(lengths[order])
-    ends = np.searchsorted(done, done[-1] * np.arange(1, hands) / hands) + 1
-    return [rows for rows in np.split(order, np.unique(ends[ends < len(order)])) if len(rows)]
+    return [rows for rows in np.array_split(order, hands) if len(rows)]

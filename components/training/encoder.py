@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from components.adapters.bottleneck import Bottleneck
@@ -191,7 +192,7 @@ class Encoder:
         return x[:, :1]
 
     def _trunk(self, x: torch.Tensor, padding: Padding) -> list[torch.Tensor]:
-        x = x.to(self.dtype)
+        x = F.pad(x.to(self.dtype), (0, 0, 0, padding.tokens - x.shape[1]))
         for each in self.sublayers[: self.cut.sublayer]:
             x = each.ended(each.h(x, padding, self._fused(padding)), x)
         if not self.cut.inside:

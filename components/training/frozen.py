@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 
+from components.training.batching import widened
+
 aten = torch.ops.aten
 
 Derived = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -44,18 +46,24 @@ class Padding:
     @staticmethod
     def of(lengths: torch.Tensor, dtype: torch.dtype) -> Padding:
         """lengths: (batch,)."""
-        longest = int(lengths.max())
-        if int(lengths.min()) == longest:
-            return Padding(len(lengths), longest, None)
-        beyond = torch.arange(longest, device=lengths.device) >= lengths.unsqueeze(1)
+        tokens = width(lengths, dtype)
+        if int(lengths.min()) == tokens:
+            return Padding(len(lengths), tokens, None)
+        beyond = torch.arange(tokens, device=lengths.device) >= lengths.unsqueeze(1)
         mask = torch.zeros(beyond.shape, dtype=dtype, device=lengths.device)
         mask.masked_fill_(beyond, torch.finfo(dtype).min)
-        return Padding(len(lengths), longest, mask[:, None, None, :])
+        return Padding(len(lengths), tokens, mask[:, None, None, :])
 
     @property
     def allowed(self) -> torch.Tensor | None:
         """As scaled_dot_product_attention takes it: True where a token may be looked at."""
         return None if self.mask is None else self.mask == 0
+
+
+def width(lengths: Any, dtype: torch.dtype) -> int:
+    """Tokens that rows of these lengths have with padding. lengths: (batch,)."""
+    longest = int(lengths.max())
+    return widened(longest) if dtype == torch.bfloat16 else longest
 
 
 class Attention:

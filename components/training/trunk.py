@@ -13,7 +13,7 @@ from components import digest
 from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate
 from components.training.crew import Crew
 from components.training.encoder import Encoder
-from components.training.frozen import Padding
+from components.training.frozen import Padding, width
 from components.training.precision import Precision
 from components.training.trunk_cache import Store, TrunkCache
 
@@ -59,7 +59,8 @@ class Trunk:
     def states(self, rows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
         """As many as the cut has: (rows, tokens or 1, hidden) each, padded with zeros or what padding tokens give."""
         if self._store is not None:
-            found = self._store.read(rows)
+            tokens = 1 if self.encoder.cut.first else width(self.lengths[rows], self.precision.dtype)
+            found = self._store.read(rows, tokens)
             if self._device.type == "cuda":  # from pinned memory the copy goes on beside what is computed
                 found = [each.pin_memory().to(self._device, non_blocking=True) for each in found]
             return found

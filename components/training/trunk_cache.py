@@ -51,10 +51,10 @@ class Store:
                 if written != content.nbytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
-    def read(self, rows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
-        """(rows, tokens, hidden) each, padded with zeros."""
+    def read(self, rows: npt.NDArray[np.int64], width: int) -> list[torch.Tensor]:
+        """(rows, width, hidden) each, padded with zeros."""
         lengths = self._starts[rows + 1] - self._starts[rows]
-        shape = len(rows), int(lengths.max()), self._hidden
+        shape = len(rows), width, self._hidden
         found = [torch.empty(shape, dtype=self._dtype) for _ in range(self._states)]
         for number, block in enumerate(found):
             for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
