@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def steps_of(model: nn.Module) -> list[Step]:
     return [module.step for module in model.modules() if isinstance(getattr(module, "step", None), Step)]  # type: ignore[misc]
 
 
-def reseed(model: nn.Module, seed: int, step: int) -> None:
-    """From here on a PEFT model draws what it would draw in this step in any other process, or when resumed."""
-    for each in steps_of(model):
+def reseed(steps: Sequence[Step], seed: int, step: int) -> None:
+    """From here on their PEFT model draws what it would draw in this step in any other process, or when resumed."""
+    for each in steps:
         each.random.seed(f"{seed} {step}")  # a sum would give one seed the draws of another

@@ -21,7 +21,7 @@ BUCKET = 50
 # few enough for the activations of one layer to take tens of MB on CPUs.
 AT_ONCE = {"cpu": 1024, "cuda": 16_384}
 # And where an adapter learns, on CPUs: more is no faster there, and keeps more activations.
-LEARNED_AT_ONCE = 2048
+LEARNED_AT_ONCE = 1024
 
 
 class Ragged(Sequence[npt.NDArray[np.int32]]):
@@ -133,18 +133,22 @@ def widened(tokens: int) -> int:
 
     oneDNN compiles kernels for each shape of a product in bfloat16, which takes as long as computing a small one.
     """
-    step = next((step for step, most in ((8, 32), (16, 128), (32, 256)) if tokens <= most), 64)
+    step = next((step for step, most in ((8, 64), (16, 256)) if tokens <= most), 64)
     return -(-tokens // step) * step
 
 
 def collate(
-    tokens: Tokens, rows: Sequence[int] | npt.NDArray[np.int64], padding: int, device: torch.device
+    tokens: Tokens,
+    rows: Sequence[int] | npt.NDArray[np.int64],
+    padding: int,
+    device: torch.device,
+    width: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Model inputs of some rows, padded to the longest: `input_ids`, `attention_mask`, [`token_type_ids`].
+    """Model inputs of some rows, padded to the longest or to `width`: `input_ids`, `attention_mask`, [`token_type_ids`].
 
     Each (batch, tokens).
     """
-    width = max(len(tokens.ids[row]) for row in rows)
+    width = width or max(len(tokens.ids[row]) for row in rows)
     inputs = {
         "input_ids": _padded(tokens.ids, rows, width, padding),
         "attention_mask": _padded([np.ones_like(tokens.ids[row]) for row in rows], range(len(rows)), width, 0),

@@ -114,6 +114,7 @@ class Encoder:
             for kind in ("attention", "output")
         ]
         self.cut = self._find_cut()
+        self.trained = [parameter for parameter in self._encoder.parameters() if parameter.requires_grad]
         self._now = threading.local()  # what takes the place of the layers in the forward pass of this thread
 
     @staticmethod
@@ -146,10 +147,6 @@ class Encoder:
     def draws(self) -> bool:
         """Is anything left to chance while the layers learn?"""
         return any(map(_draws, self._encoder.modules()))
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self._encoder.parameters() if parameter.requires_grad]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

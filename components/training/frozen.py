@@ -94,6 +94,19 @@ class Attention:
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=padding.allowed, scale=1.0)
         return _project(seen.transpose(1, 2).reshape(x.shape), self.out, self.out_bias)
 
+    @property
+    def key(self) -> torch.Tensor:
+        """(heads, features, hidden), as is `value`."""
+        return self.qkv[self.hidden : 2 * self.hidden].view(self.heads, -1, self.hidden)
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.qkv[2 * self.hidden :].view(self.heads, -1, self.hidden)
+
+    def of_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(batch, hidden) as (heads, batch, features)."""
+        return x.view(len(x), self.heads, -1).transpose(0, 1)
+
     def heads_first(self, projected: torch.Tensor, padding: Padding) -> torch.Tensor:
         """(batch · tokens, n · hidden) as (n, batch · heads, tokens, features)."""
         batch = padding.batch
@@ -144,30 +157,37 @@ class _Attention(torch.autograd.Function):
 
 
 class _FirstToken(torch.autograd.Function):
-    """The last layer of a model whose head reads the first token: one query a row, keys and values of all tokens."""
+    """The last layer of a model whose head reads the first token: one query a row.
+
+    Keys and values of all tokens would be products with as many rows as there are tokens. So much is not owed:
+    q · (W x) = (Wᵀ q) · x, and what is seen, a mean of W x by probabilities, is W times the mean of x. The bias of the
+    keys adds the same to all scores of a query, which softmax does not see.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, own: Attention, padding: Padding) -> torch.Tensor:
         hidden = own.hidden
-        q = own.heads_first(_product(x[:, 0], own.qkv[:hidden], own.qkv_bias[:hidden]), padding)[0]
-        k, v = own.heads_first(_product(_flat(x), own.qkv[hidden:], own.qkv_bias[hidden:]), padding)
-        p = _probabilities(q, k, own, padding)
-        seen = own.heads_last(torch.bmm(p, v).unsqueeze(0), padding)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.own, ctx.padding, ctx.shape = own, padding, x.shape
-        return _product(seen, own.out, own.out_bias).unsqueeze(1)
+        q = own.of_heads(_product(x[:, 0], own.qkv[:hidden], own.qkv_bias[:hidden]))
+        asked = torch.bmm(q, own.key).transpose(0, 1).contiguous()  # (batch, heads, hidden), as are means
+        scores = torch.bmm(asked, x.transpose(1, 2))
+        if padding.mask is not None:
+            scores.add_(padding.mask[:, 0])
+        p = torch.softmax(scores, -1, out=scores)
+        means = torch.bmm(p, x)
+        seen = torch.bmm(means.transpose(0, 1), own.value.transpose(1, 2)).transpose(0, 1).reshape(-1, hidden)
+        ctx.save_for_backward(x, asked, p)
+        ctx.own = own
+        return _product(seen + own.qkv_bias[2 * hidden :], own.out, own.out_bias).unsqueeze(1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        q, k, v, p = ctx.saved_tensors
-        own, padding, hidden = ctx.own, ctx.padding, ctx.own.hidden
-        seen = own.heads_first(_flat(grad) @ own.out, padding)[0]
-        scores = _through_softmax(seen, v, p)
-        grads = torch.empty((2, *k.shape), dtype=k.dtype, device=k.device)
-        torch.bmm(scores.transpose(1, 2), q, out=grads[0])
-        torch.bmm(p.transpose(1, 2), seen, out=grads[1])
-        read = (own.heads_last(grads, padding) @ own.qkv[hidden:]).view(ctx.shape)
-        read[:, 0] += own.heads_last(torch.bmm(scores, k).unsqueeze(0), padding) @ own.qkv[:hidden]
+        x, asked, p = ctx.saved_tensors
+        own: Attention = ctx.own
+        means = torch.bmm(own.of_heads(_flat(grad) @ own.out), own.value).transpose(0, 1).contiguous()
+        scores = _through_softmax(means, x, p)
+        read = torch.bmm(torch.cat([p, scores], 1).transpose(1, 2), torch.cat([means, asked], 1))
+        q = torch.bmm(torch.bmm(scores, x).transpose(0, 1), own.key.transpose(1, 2))
+        read[:, 0] += q.transpose(0, 1).reshape(-1, own.hidden) @ own.qkv[: own.hidden]
         return read, None, None
 
 

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from components.adapters import step
 from components.adapters.parameters import trainable_groups, training_mode
-from components.adapters.regulariser import regulariser
+from components.adapters.regulariser import Regulariser
+from components.adapters.step import reseed, steps_of
 from components.config import TrainingConfig
 from components.errors import TrainingError
 from components.evaluation import metrics
@@ -125,6 +125,7 @@ def fit(
     meter, pause = Meter(report, per_epoch * schedule.epochs, schedule.epochs, state.step), Pause()
     lengths, watch = train.lengths, Watch(state)
     training_mode(model)
+    learn, steps = Learning(learner, weights, training.clip_norm), steps_of(model)
 
     with (
         watch,
@@ -138,8 +139,8 @@ def fit(
                 for rows in batches[state.batch :]:
                     watch.go()
                     torch.manual_seed(group.seed(seed, state.step))
-                    step.reseed(model, seed, state.step)  # layers are dropped by all processes alike
-                    loss = _learn(learner, train, rows, through, weights, training.clip_norm)
+                    reseed(steps, seed, state.step)  # layers are dropped by all processes alike
+                    loss = learn(train, rows, through)
                     if not math.isfinite(loss):
                         raise TrainingError(
                             "a finite loss",
@@ -174,33 +175,34 @@ def fit(
     return state
 
 
-def _learn(
-    learner: Learner,
-    train: Tokens,
-    rows: npt.NDArray[np.int64],
-    through: Passes,
-    weights: torch.Tensor | None,
-    clip_norm: float,
-) -> float:
-    """One step on one batch, of which each process computes its share. Returns the loss of the whole batch."""
-    model, group, trained = learner.model, learner.group, list(learner.trained.values())
-    mine, labels = group.share(rows, train.labels)
-    whole = len(rows) if weights is None else weights[train.labels[rows]].sum()
-    total = torch.zeros((), device=learner.device)
-    for part in parts(np.array([len(train.ids[row]) for row in mine]), through.at_once):
-        logits = through.learn.logits(mine[part])
-        target = torch.from_numpy(labels[part]).to(learner.device)
-        loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum") / whole
-        if (beside := regulariser(model)) is not None:
-            loss = loss + beside * len(part) / len(mine) / group.size
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        total += loss.detach()
-    combined = float(group.combine(total, trained))
-    nn.utils.clip_grad_norm_(trained, clip_norm)
-    learner.optimizer.step()
-    learner.scheduler.step()
-    learner.optimizer.zero_grad(set_to_none=True)
-    return combined
+class Learning:
+    """Steps of one learner. Its modules are walked once: that takes as long as a layer."""
+
+    def __init__(self, learner: Learner, weights: torch.Tensor | None, clip_norm: float) -> None:
+        """weights: (classes,), of the loss."""
+        self._learner, self._weights, self._clip_norm = learner, weights, clip_norm
+        self._trained, self._beside = list(learner.trained.values()), Regulariser(learner.model)
+
+    def __call__(self, train: Tokens, rows: npt.NDArray[np.int64], through: Passes) -> float:
+        """One step on one batch, of which each process computes its share. Returns the loss of the whole batch."""
+        learner, group, weights = self._learner, self._learner.group, self._weights
+        mine, labels = group.share(rows, train.labels)
+        whole = len(rows) if weights is None else weights[train.labels[rows]].sum()
+        total = torch.zeros((), device=learner.device)
+        for part in parts(np.array([len(train.ids[row]) for row in mine]), through.at_once):
+            logits = through.learn.logits(mine[part])
+            target = torch.from_numpy(labels[part]).to(learner.device)
+            loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum") / whole
+            if (beside := self._beside()) is not None:
+                loss = loss + beside * len(part) / len(mine) / group.size
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            total += loss.detach()
+        combined = float(group.combine(total, self._trained))
+        nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
+        learner.optimizer.step()
+        learner.scheduler.step()
+        learner.optimizer.zero_grad(set_to_none=True)
+        return combined
 
 
 class Pause:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 # Shapes whose kernels are kept; the twenty or so products of a step have at most that many.
-KERNELS = 64
+KERNELS = 512
 # What torch writes, on a GPU and on the CPU; it has a class of its own for the first only.
 SIGNS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
 

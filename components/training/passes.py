@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from components.adapters.places import positions
 from components.training.batching import LEARNED_AT_ONCE, Tokens, collate
 from components.training.compiled import Compiled
 from components.training.crew import ALONE, Crew, shares
 from components.training.encoder import Encoder
-from components.training.frozen import Padding
+from components.training.frozen import Padding, width
 from components.training.precision import Precision
 from components.training.trunk import Trunk
 from components.training.trunk_cache import TrunkCache
@@ -53,11 +54,12 @@ class Whole:
     ) -> None:
         self._model = Compiled(model) if compile else model
         self._tokens, self._padding, self._device = tokens, padding, device
-        self._precision = precision
+        self._precision, self._lengths, self._positions = precision, tokens.lengths, positions(model.config)
 
     def logits(self, rows: Rows) -> torch.Tensor:
-        inputs = collate(self._tokens, rows, self._padding, self._device)
-        with self._precision.forward(inputs["input_ids"].shape[1]):
+        tokens = min(width(self._lengths[rows], self._precision.dtype), self._positions)
+        inputs = collate(self._tokens, rows, self._padding, self._device, tokens)
+        with self._precision.forward(tokens):
             logits: torch.Tensor = self._model(**inputs).logits
         return logits
 
@@ -70,19 +72,17 @@ class AboveTrunk:
         self._precision, self._crew = trunk.precision, crew
 
     def logits(self, rows: Rows) -> torch.Tensor:
-        lengths = self._lengths[rows]
-        hands = 1 if self._encoder.draws else self._crew.hands
-        places = shares(lengths, hands)
-        states = self._crew.each([partial(self.trunk.states, rows[place]) for place in places])
-        tails = [partial(self._tail, *each) for each in zip(states, (lengths[place] for place in places), strict=True)]
+        places = shares(self._lengths[rows], self._crew.hands)
+        tails = [partial(self._tail, rows[place]) for place in places]
         order = torch.from_numpy(np.argsort(np.concatenate(places)))
         with self._precision.autocast():
             if len(tails) == 1:
                 return self._encoder.logits(tails[0], len(rows))[order]
             return self._encoder.logits(lambda: self._crew.together(tails, self._encoder.trained)[order], len(rows))
 
-    def _tail(self, states: list[torch.Tensor], lengths: npt.NDArray[np.int64]) -> torch.Tensor:
-        padding = Padding.of(torch.from_numpy(lengths).to(states[0].device), states[0].dtype)
+    def _tail(self, rows: Rows) -> torch.Tensor:
+        states, lengths = self.trunk.states(rows), torch.from_numpy(self._lengths[rows])
+        padding = Padding.of(lengths.to(states[0].device), states[0].dtype)
         with self._precision.autocast():
             return self._encoder.tail(states, padding)
 

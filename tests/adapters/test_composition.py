@@ -18,8 +18,8 @@ from components.adapters.drop import drop
 from components.adapters.fusion import Fusion
 from components.adapters.layer import Site
 from components.adapters.parameters import training_mode
-from components.adapters.regulariser import regulariser
-from components.adapters.step import reseed
+from components.adapters.regulariser import Regulariser
+from components.adapters.step import reseed, steps_of
 from components.adapters.together import answers
 from components.errors import ConfigError
 from tests.adapters.adapted import INPUTS, classifier, config_of, logits
@@ -218,16 +218,16 @@ def test_an_average_weighs_as_told() -> None:
 
 def test_the_value_matrix_is_held_near_the_identity() -> None:
     model = fused("bert")
-    assert regulariser(model) is None
+    assert Regulariser(model)() is None
     model.train()
-    at_first = regulariser(model)
+    at_first = Regulariser(model)()
     assert at_first is not None
     assert float(at_first.detach()) < 1e-8
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, Fusion):
                 module.value.weight.mul_(2)
-    later = regulariser(model)
+    later = Regulariser(model)()
     assert later is not None
     assert float(later.detach()) == pytest.approx(0.01 * 2 * 16, rel=1e-3)  # two sites, 16 ones beside 2s
 
@@ -277,7 +277,7 @@ def test_nothing_is_left_to_chance_in_fused_adapters() -> None:
     model.set_adapter("both")
     model.train()
     assert torch.equal(hidden(model, inputs("bert")), hidden(model, inputs("bert")))
-    assert regulariser(model) is None
+    assert Regulariser(model)() is None
 
 
 def test_attention_tells_which_adapter_helped() -> None:
@@ -294,7 +294,7 @@ def test_the_masks_loss_is_that_of_every_place_and_of_this_pass_only() -> None:
     for _ in range(2):
         model(**inputs("albert"))
         assert len(model.base_model.model.shared_of_adapters.step.losses) == 2
-    loss = regulariser(model)
+    loss = Regulariser(model)()
     assert loss is not None
     assert 0.1 * 0.2 < float(loss.detach()) < 0.1 * 20
     copy.deepcopy(model)
@@ -353,7 +353,7 @@ def test_each_epoch_of_each_seed_draws_anew(other: tuple[int, int]) -> None:
     step = model.base_model.model.shared_of_adapters.step
 
     def drawn(seed: int, epoch: int) -> list[int]:
-        reseed(model, seed, epoch)
+        reseed(steps_of(model), seed, epoch)
         return [step.random.randint(0, 9) for _ in range(20)]
 
     assert drawn(0, 1) == drawn(0, 1)
@@ -386,6 +386,6 @@ def test_while_a_fusion_learns_its_adapters_compute_what_they_will_compute_when_
     training_mode(model)
     assert all(module.training for module in model.modules() if isinstance(module, Fusion))
     assert torch.equal(hidden(model, batch), quiet)
-    learned = regulariser(model)
+    learned = Regulariser(model)()
     assert learned is not None
     assert float(learned) < 1e-8, "nobody tells which neurons are masked"
