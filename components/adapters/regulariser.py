@@ -19,7 +19,7 @@ class Regulariser:
         self._fusions = [module for module in model.modules() if isinstance(module, Fusion)]
 
     def __call__(self) -> torch.Tensor | None:
-        """Of the last forward pass: fusions near the identity, masked neurons told. None where nothing is to be added."""
+        """Of the last forward pass: fusions near the identity, masked neurons told. None where nothing is added."""
         losses = [loss for step in self._steps for loss in step.losses]
         for fusion in self._fusions:
             if fusion.training and (distance := fusion.regulariser()) is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BUCKET = 50
 # Tokens that go through a model at once where nothing is learned, by device: enough to fill the kernels of matrices,
 # few enough for the activations of one layer to take tens of MB on CPUs.
-AT_ONCE = {"cpu": 1024, "cuda": 16_384}
+AT_ONCE = {"cpu": 512, "cuda": 16_384}
 # And where an adapter learns, on CPUs: more is no faster there, and keeps more activations.
 LEARNED_AT_ONCE = 1024
 
@@ -108,12 +108,14 @@ def training_batches(lengths: npt.NDArray[np.int64], size: int, seed: int, epoch
 def bounded_batches(lengths: npt.NDArray[np.int64], tokens: int) -> Iterator[npt.NDArray[np.int64]]:
     """Row numbers of each batch, longest texts first: if memory does not suffice, that shows at once.
 
-    Each has at most `tokens` tokens, padding counted, and at least one row.
+    Each has at most `tokens` tokens, padding counted, and at least one row: a power of two, for the sake of few shapes
+    (see `widened`).
     """
     order = np.argsort(-lengths, kind="stable")
     start = 0
     while start < len(order):
-        size = max(1, tokens // max(1, int(lengths[order[start]])))
+        most = max(1, tokens // max(1, int(lengths[order[start]])))
+        size = 1 << (most.bit_length() - 1)
         yield order[start : start + size]
         start += size
 
@@ -122,10 +124,7 @@ def parts(lengths: npt.NDArray[np.int64], tokens: int | None) -> list[npt.NDArra
     """Places in a batch of what goes through the model at once: all, or rows of at most so many tokens with padding."""
     if tokens is None:
         return [np.arange(len(lengths))]
-    most = max(1, tokens // max(1, int(lengths.max())))
-    size = 1 << (most.bit_length() - 1)  # a power of two, for the sake of few shapes
-    order = np.argsort(-lengths, kind="stable")
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    return list(bounded_batches(lengths, tokens))
 
 
 def widened(tokens: int) -> int:
@@ -133,7 +132,7 @@ def widened(tokens: int) -> int:
 
     oneDNN compiles kernels for each shape of a product in bfloat16, which takes as long as computing a small one.
     """
-    step = next((step for step, most in ((8, 64), (16, 256)) if tokens <= most), 64)
+    step = next((step for step, most in ((8, 64), (16, 128), (32, 256)) if tokens <= most), 64)
     return -(-tokens // step) * step
 
 
@@ -144,7 +143,7 @@ def collate(
     device: torch.device,
     width: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Model inputs of some rows, padded to the longest or to `width`: `input_ids`, `attention_mask`, [`token_type_ids`].
+    """Model inputs of some rows, padded to the longest or `width`: `input_ids`, `attention_mask`, [`token_type_ids`].
 
     Each (batch, tokens).
     """

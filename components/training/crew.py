@@ -79,7 +79,8 @@ def _total(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 
 def shares(lengths: npt.NDArray[np.int64], hands: int) -> list[npt.NDArray[np.int64]]:
-    """Which rows each takes, by their place in the batch: rows of like length, so many that all have as much to do.
+    """Which rows each takes, by their place in the batch: rows of like length, as many for all, for the sake of few
+    shapes (see `batching.widened`).
 
     lengths: (batch,).  Returns at most `hands` arrays, none empty.
     """

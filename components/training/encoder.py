@@ -56,6 +56,7 @@ class SubLayer:
         modules: list[Any] = [layer.get_submodule(name) for name in names]
         self.inner = [layer.get_submodule("attention.self" if kind == "attention" else "intermediate"), modules[-1]]
         self.frozen: Attention | FeedForward | None = None
+        self.modules = modules
         if all(type(each) is nn.Linear and each.bias is not None and not _learns(each) for each in modules):
             if kind == "attention":
                 query, key, value, out = modules
@@ -144,6 +145,11 @@ class Encoder:
         return Cut(len(self.sublayers), inside=False, states=1, first=True)
 
     @property
+    def replaced(self) -> set[nn.Module]:
+        """Modules of the model that are not called while this encoder is in place."""
+        return {module for each in self.sublayers if each.frozen for module in each.modules}
+
+    @property
     def draws(self) -> bool:
         """Is anything left to chance while the layers learn?"""
         return any(map(_draws, self._encoder.modules()))
@@ -202,16 +208,17 @@ class Encoder:
 
     def _instead(self, layers: Callable[[torch.Tensor], torch.Tensor], **inputs: torch.Tensor) -> Any:
         """A forward pass of the model with something else in the place of its layers."""
-        self._now.layers = layers
+        around, self._now.layers = getattr(self._now, "layers", None), layers
         try:
             return self.model(**inputs)
         finally:
-            del self._now.layers
+            self._now.layers = around
 
     def _forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self._now, "layers"):
+        layers = getattr(self._now, "layers", None)
+        if layers is None:
             return self._layers(hidden_states, *args, **kwargs)
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self._now.layers(hidden_states))
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=layers(hidden_states))
 
 
 def _learns(module: nn.Module) -> bool:

@@ -135,7 +135,7 @@ def fit(
         while state.epoch < schedule.epochs and state.epoch - state.best_epoch < schedule.patience:
             batches = training_batches(lengths, training.batch_size, seed, state.epoch + 1)
             training_mode(model)
-            with precision.frozen(model):
+            with precision.frozen(model, but=through.replaced):
                 for rows in batches[state.batch :]:
                     watch.go()
                     torch.manual_seed(group.seed(seed, state.step))

@@ -15,7 +15,7 @@ from components.errors import OutOfMemory
 if TYPE_CHECKING:
     import torch
 
-# Shapes whose kernels are kept; the twenty or so products of a step have at most that many.
+# Shapes whose kernels are kept: the twenty or so products of a step, for each width that a batch may have.
 KERNELS = 512
 # What torch writes, on a GPU and on the CPU; it has a class of its own for the first only.
 SIGNS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
@@ -37,8 +37,8 @@ def watched(training: TrainingConfig, device: str) -> Iterator[None]:
 
 
 def spare() -> None:
-    """Keep few of the kernels that oneDNN compiles for each shape of a matrix: batches differ in theirs at every step,
-    and a thousand of them are 300 MB. To be called before the first product.
+    """Keep no more of the kernels that oneDNN compiles for each shape of a matrix than are used again: each is up to
+    half a MB. To be called before the first product.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(KERNELS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from components.adapters.places import positions
 from components.training.batching import LEARNED_AT_ONCE, Tokens, collate
@@ -91,6 +92,7 @@ class AboveTrunk:
 class Passes:
     """learn: of the rows to train on.  check: of those to validate on, in float32 and for no gradients; None where they
     go through the model as a whole.  crew: the threads.  at_once: tokens that learn at once; None for a whole batch.
+    replaced: modules of the model that `learn` does not call.
     """
 
     learn: Pass
@@ -98,6 +100,7 @@ class Passes:
     crew: Crew = ALONE
     at_once: int | None = None
     means: Means = MODEST
+    replaced: Collection[nn.Module] = ()
 
     def ready_to_check(self) -> None:
         """Compute the trunk of the rows to validate on, if that was not done."""
@@ -131,4 +134,4 @@ def passes(
         if means.cache is not None:
             trunks[0].keep(means.cache, means.base, crew)
         at_once = means.tokens_at_once or (LEARNED_AT_ONCE if device.type == "cpu" else None)
-        yield Passes(AboveTrunk(trunks[0], crew), AboveTrunk(trunks[1], ALONE), crew, at_once, means)
+        yield Passes(AboveTrunk(trunks[0], crew), AboveTrunk(trunks[1], ALONE), crew, at_once, means, encoder.replaced)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -43,15 +43,15 @@ class Precision:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.low)
 
     @contextmanager
-    def frozen(self, model: nn.Module) -> Iterator[None]:
+    def frozen(self, model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
         """Around many steps: frozen matrices are cast once, where autocast casts them in each step to the same values.
 
-        Afterwards the model has its own tensors back.
+        but: modules that are not used meanwhile. Afterwards the model has its own tensors back.
         """
         kept: dict[nn.Parameter, torch.Tensor] = {}
         if self.low:
             for module in model.modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear) and module not in but:
                     kept |= {each: each.data for each in module.parameters(recurse=False) if not each.requires_grad}
         try:
             for parameter, data in kept.items():

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from components import base_model
 from components.config import BaseConfig
-from components.training.batching import Tokens, bounded_batches, collate, parts, tokenise, training_batches
+from components.training.batching import Tokens, bounded_batches, collate, parts, tokenise, training_batches, widened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,11 +75,21 @@ def test_bounded_batches_cover_every_row_longest_first() -> None:
     assert np.all(np.diff(LENGTHS[rows]) <= 0)
 
 
-def test_a_bounded_batch_is_as_large_as_its_tokens_allow() -> None:
+def test_a_bounded_batch_has_a_power_of_two_of_rows_as_large_as_its_tokens_allow() -> None:
     batches = list(bounded_batches(LENGTHS, 500))
-    padded = [len(rows) * LENGTHS[rows].max() for rows in batches]
-    assert max(padded) <= 500
-    assert all(size + LENGTHS[rows].max() > 500 for size, rows in zip(padded[:-1], batches[:-1], strict=True))
+    assert max(len(rows) * LENGTHS[rows].max() for rows in batches) <= 500
+    for rows in batches[:-1]:
+        assert len(rows).bit_count() == 1
+        assert 2 * len(rows) * LENGTHS[rows].max() > 500
+
+
+@pytest.mark.parametrize("most", [64, 256, 512])
+def test_lengths_have_few_widths_which_are_a_little_wider(most: int) -> None:
+    widths = [widened(tokens) for tokens in range(1, most + 1)]
+    assert len(set(widths)) <= most // 16 + 8
+    assert widths == sorted(widths)
+    assert all(tokens <= width <= max(8, 1.25 * tokens + 8) for tokens, width in enumerate(widths, 1))
+    assert widths[-1] == most
 
 
 def test_a_text_above_the_bound_goes_alone() -> None:

@@ -78,7 +78,8 @@ def losses(model: Any, tokens: Tokens, means: Means | None, threads: int = 1) ->
     try:
         with passes.passes(model, tokens, tokens, 0, CPU, precision, 16, means) as through:
             assert isinstance(through.learn, AboveTrunk)
-            return [loop._learn(learner, tokens, rows, through, None, 1.0) for rows in batches]
+            learn = loop.Learning(learner, None, 1.0)
+            return [learn(tokens, rows, through) for rows in batches]
     finally:
         torch.set_num_threads(before)
 
@@ -218,8 +219,9 @@ def test_validation_is_scored_in_float32_as_by_the_whole_model(
     learner = loop.learner(model, SCHEDULE, TrainingConfig(), len(tokens.ids), CPU)
     training_mode(model)
     with passes.passes(model, tokens, tokens, 0, CPU, Precision(CPU, low), 16, Means(cache, "base")) as through:
+        learn = loop.Learning(learner, None, 1.0)
         for rows in training_batches(tokens.lengths, 16, 0, 1):
-            loop._learn(learner, tokens, rows, through, None, 1.0)
+            learn(tokens, rows, through)
         fast = loop.predict(model, tokens, 0, CPU, through=through)
         training_mode(model)
     assert fast == pytest.approx(loop.predict(model, tokens, 0, CPU), abs=1e-6)

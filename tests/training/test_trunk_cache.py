@@ -18,14 +18,15 @@ from components.training.trunk_cache import FOLDER, Store, TrunkCache
 
 LENGTHS = np.array([3, 1, 4, 2])
 HIDDEN = 8
+WIDTH = 5  # more than any row has
 BYTES = 2 * int(LENGTHS.sum()) * HIDDEN * 4  # two states in float32
 
 
-def states_of(rows: Any) -> list[torch.Tensor]:
-    """Of each row numbers that tell row, token and state; beyond its end nothing that may be read."""
+def states_of(rows: Any, beyond: float = torch.nan) -> list[torch.Tensor]:
+    """Of each row numbers that tell row, token and state; beyond its end, if not told, nothing that may be read."""
     made = []
     for state in (0.0, 0.5):
-        block = torch.full((len(rows), int(LENGTHS[rows].max()), HIDDEN), torch.nan)
+        block = torch.full((len(rows), WIDTH, HIDDEN), beyond)
         for index, row in enumerate(rows):
             for token in range(LENGTHS[row]):
                 block[index, token] = 10 * row + token + state
@@ -54,8 +55,8 @@ def names(folder: Path) -> list[str]:
 def test_what_is_read_is_what_was_written_padded_with_zeros(tmp_path: Path, rows: list[int]) -> None:
     store = opened(TrunkCache(tmp_path, 10**6), "one")
     assert store is not None
-    for found, written in zip(store.read(np.array(rows)), states_of(rows), strict=True):
-        assert torch.equal(found, written.nan_to_num(0))
+    for found, written in zip(store.read(np.array(rows), WIDTH), states_of(rows, 0), strict=True):
+        assert torch.equal(found, written)
 
 
 def test_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_file_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
     (tmp_path / FOLDER / "one.states").write_bytes(b"short")
     store = opened(TrunkCache(tmp_path, 10**6), "one")
     assert store is not None
-    assert torch.equal(store.read(np.array([2]))[0], states_of([2])[0])
+    assert torch.equal(store.read(np.array([2]), WIDTH)[0], states_of([2], 0)[0])
 
 
 def test_what_broke_off_while_it_was_written_leaves_nothing(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_one_that_is_removed_while_it_is_read_can_be_read_on(tmp_path: Path) -> 
     opened(cache, "two")
     assert names(tmp_path) == ["two"]
     assert store is not None
-    assert torch.equal(store.read(np.array([0]))[1], states_of([0])[1])
+    assert torch.equal(store.read(np.array([0]), WIDTH)[1], states_of([0], 0)[1])
 
 
 def test_what_is_larger_than_the_limit_is_not_kept_and_takes_nothing_away(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def _write_slowly(folder: Path, log: Path) -> None:
 
     store = opened(TrunkCache(folder, 10**6), "one", slowly)
     assert store is not None
-    assert torch.equal(store.read(np.array([0]))[0], states_of([0])[0])
+    assert torch.equal(store.read(np.array([0]), WIDTH)[0], states_of([0], 0)[0])
 
 
 def test_of_several_writers_one_writes_and_the_others_read(tmp_path: Path) -> None:
