@@ -28,7 +28,7 @@ AREAS = ("bundles", "frozen", "jobs", "splits")
 RECORDS = ("data", "history")
 SHA = r"[0-9a-f]{64}"
 JOB = re.compile(r"^((?:[a-z0-9-]+-[0-9a-f]{16})|(?:[0-9a-f]{64}))(?:/.+|\.spec\.json|\.progress\.json)$")
-LEAST = re.compile(r"^(tmp[a-z0-9_]{8})(?:/.+)?$")  # as Python names temporary folders
+LEAST = re.compile(r"^(tmp[a-z0-9_]{8}(?:\.new)?)(?:/.+)?$")  # as Python names temporary folders and files
 
 
 def of_store(store: str) -> list[Thing]:
@@ -62,7 +62,8 @@ def of_cache(cache: Path) -> list[Thing]:
             for thing in _folders(str(cache / "models"), r"[\w.-]+-[0-9a-f]{12}", "base")
         ),
         *_files(str(cache / "pypi"), r"(.+\.(?:whl|zip|tar\.gz))", "archive"),
-        *(thing for area in ("models", "pypi", members.FOLDER) for thing in _temporary(cache / area)),
+        *_files(str(cache / "trunk"), rf"({SHA})\.states", "trunk"),
+        *(thing for area in ("models", "pypi", "trunk", members.FOLDER) for thing in _temporary(cache / area)),
     ]
 
 

@@ -98,7 +98,8 @@ class TrunkCache:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._folder / f"{name}{ENDING}"
         with _alone(path.with_suffix(".lock")):
-            if not (path.is_file() and path.stat().st_size == size):
+            file = _whole(path, size)
+            if file is None:
                 self._make_room(size)
                 if size > SHARE * shutil.disk_usage(self._folder).free:
                     return None
@@ -108,8 +109,11 @@ class TrunkCache:
                     if disk.full(error):
                         return None
                     raise
-            path.touch()
-            return store(path.open("rb"))
+                file = _whole(path, size)
+            if file is None:  # another job made room of it at once
+                return None
+            os.utime(file.fileno())
+            return store(file)
 
     def _make_room(self, size: int) -> None:
         files = sorted(self._folder.glob(f"*{ENDING}"), key=lambda path: path.stat().st_mtime)
@@ -124,6 +128,18 @@ class TrunkCache:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """Of a contiguous tensor, which shares their memory."""
     return tensor.view(torch.uint8).numpy().data.cast("B")
+
+
+def _whole(path: Path, size: int) -> BinaryIO | None:
+    """The file, if it is there and all in it. Opened before it is looked at: others may make room of it meanwhile."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return None
+    if os.fstat(file.fileno()).st_size == size:
+        return file
+    file.close()
+    return None
 
 
 def _write(path: Path, size: int, fill: Callable[[BinaryIO], None]) -> None:

@@ -164,6 +164,7 @@ def _sample(
         options.hidden,
         4 * options.hidden,
         LABELS,
+        options.hidden // 64,
         0 if rival.full else options.hidden // REDUCTION,
         len(left_out),
     )

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from components.adapters import METHODS
 from tests.benchmarks.work import Shape, owed
 
-HIDDEN, FEED_FORWARD, LABELS, BOTTLENECK = 32, 96, 3, 8
+HIDDEN, FEED_FORWARD, LABELS, HEADS, BOTTLENECK = 32, 96, 3, 2, 8
 LENGTHS = (5, 17)
 
 
@@ -24,7 +24,7 @@ def counted(layers: int, first: int | None) -> int:
         vocab_size=50,
         hidden_size=HIDDEN,
         num_hidden_layers=layers,
-        num_attention_heads=2,
+        num_attention_heads=HEADS,
         intermediate_size=FEED_FORWARD,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -46,7 +46,7 @@ def counted(layers: int, first: int | None) -> int:
 
 def debt(layers: int, first: int | None, epochs: int = 1) -> float:
     bottleneck = 0 if first is None else BOTTLENECK
-    shape = Shape(layers, HIDDEN, FEED_FORWARD, LABELS, bottleneck, first or 0)
+    shape = Shape(layers, HIDDEN, FEED_FORWARD, LABELS, HEADS, bottleneck, first or 0)
     return owed(shape, np.array(LENGTHS), epochs)
 
 

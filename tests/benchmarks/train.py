@@ -131,6 +131,7 @@ def _report(record: Record, wanted: list[tuple[str, int, int, int]], setup: Setu
             hidden=config.hidden_size,
             feed_forward=config.intermediate_size,
             labels=len(setup.data.labels),
+            heads=config.num_attention_heads,
             bottleneck=0 if rival.full else config.hidden_size // BOTTLENECK,
             first=len(setup.left_out(rival)),
         )

@@ -1,10 +1,10 @@
 """What a training owes in floating-point operations, and how many the device can do in a second.
 
 **Owed** are the multiplications and additions of matrix products that no rearrangement can save, counted from the
-tokens that are there, without padding. For a row of n tokens, hidden size h, feed-forward f, bottleneck b:
+tokens that are there, without padding. For a row of n tokens, hidden size h, a heads, feed-forward f, bottleneck b:
 
-    layer   8 n h² + 4 n h f + 4 n² h       forward; the last layer owes one token's query, output and feed-forward,
-                                            but all tokens' keys and values: 4 n h² + 4 h² + 4 h f + 4 n h
+    layer   8 n h² + 4 n h f + 4 n² h       forward; the last layer owes one token's query, key and value matrices,
+                                            output and feed-forward, and what it sees: 8 h² + 4 h f + 4 n h a
     adapter 4 n h b                         forward; of one token in the last layer
     head    2 h² + 2 h c                    pooler and classifier, of one token
 
@@ -39,6 +39,7 @@ class Shape:
     hidden: int
     feed_forward: int
     labels: int
+    heads: int
     bottleneck: int = 0
     first: int = 0
 
@@ -48,7 +49,7 @@ def owed(shape: Shape, lengths: np.ndarray, epochs: int) -> float:
     n = lengths.astype(np.float64)
     h, f, b = shape.hidden, shape.feed_forward, shape.bottleneck
     whole = (8 * n * h * h + 4 * n * h * f, 4 * n * n * h)  # linear maps, attention's products
-    last = (4 * n * h * h + 4 * h * h + 4 * h * f, 4 * n * h)
+    last = (8 * h * h + 4 * h * f, 4 * n * h * shape.heads)
     head = 2 * h * h + 2 * h * shape.labels
     each, once = np.zeros_like(n), np.zeros_like(n)
     for index in range(shape.layers):

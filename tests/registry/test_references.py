@@ -268,7 +268,15 @@ def test_what_killed_writers_left_is_listed(tmp_path: Path) -> None:
         made.write(tmp_path / place / "part")
         made.aged(tmp_path / place)
     made.write(tmp_path / "store/splits/.unfinished-new/part", when=NOW)
-    assert left_over(tmp_path, registry()) == set(places)
+    made.write(tmp_path / "cache/trunk/tmpab12cd34.new")
+    assert left_over(tmp_path, registry()) == {*places, "cache/trunk/tmpab12cd34.new"}
+
+
+def test_trunks_that_nobody_read_of_late_are_listed(tmp_path: Path) -> None:
+    made.write(tmp_path / f"cache/trunk/{sha('old')}.states")
+    made.write(tmp_path / f"cache/trunk/{sha('old')}.lock")
+    made.write(tmp_path / f"cache/trunk/{sha('new')}.states", when=NOW)
+    assert left_over(tmp_path, registry()) == {f"cache/trunk/{sha('old')}.states"}
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"run": null}'])

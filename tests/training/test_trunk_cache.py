@@ -55,7 +55,7 @@ def names(folder: Path) -> list[str]:
 def test_what_is_read_is_what_was_written_padded_with_zeros(tmp_path: Path, rows: list[int]) -> None:
     store = opened(TrunkCache(tmp_path, 10**6), "one")
     assert store is not None
-    for found, written in zip(store.read(np.array(rows), WIDTH), states_of(rows, 0), strict=True):
+    for found, written in zip(store.read(np.array(rows), WIDTH), states_of(rows, 0.0), strict=True):
         assert torch.equal(found, written)
 
 
@@ -69,7 +69,7 @@ def test_a_file_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
     (tmp_path / FOLDER / "one.states").write_bytes(b"short")
     store = opened(TrunkCache(tmp_path, 10**6), "one")
     assert store is not None
-    assert torch.equal(store.read(np.array([2]), WIDTH)[0], states_of([2], 0)[0])
+    assert torch.equal(store.read(np.array([2]), WIDTH)[0], states_of([2], 0.0)[0])
 
 
 def test_what_broke_off_while_it_was_written_leaves_nothing(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_one_that_is_removed_while_it_is_read_can_be_read_on(tmp_path: Path) -> 
     opened(cache, "two")
     assert names(tmp_path) == ["two"]
     assert store is not None
-    assert torch.equal(store.read(np.array([0]), WIDTH)[1], states_of([0], 0)[1])
+    assert torch.equal(store.read(np.array([0]), WIDTH)[1], states_of([0], 0.0)[1])
 
 
 def test_what_is_larger_than_the_limit_is_not_kept_and_takes_nothing_away(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def _write_slowly(folder: Path, log: Path) -> None:
 
     store = opened(TrunkCache(folder, 10**6), "one", slowly)
     assert store is not None
-    assert torch.equal(store.read(np.array([0]), WIDTH)[0], states_of([0], 0)[0])
+    assert torch.equal(store.read(np.array([0]), WIDTH)[0], states_of([0], 0.0)[0])
 
 
 def test_of_several_writers_one_writes_and_the_others_read(tmp_path: Path) -> None:
