@@ -10,7 +10,7 @@ What is above, the tail, makes of states what the head reads: the first token, s
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from components.adapters.bottleneck import Bottleneck
 from components.adapters.layer import Site
 from components.adapters.parameters import is_adapted
-from components.training.frozen import ACTIVATIONS, Attention, FeedForward, Padding
+from components.training.frozen import ACTIVATIONS, Attention, FeedForward
+from components.training.packing import Packing
 
 # Families with the modules of BERT, whose heads read the first token.
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
@@ -75,29 +76,33 @@ class SubLayer:
             return "inside"
         return "inside" if _learns(norm) else None
 
-    def h(self, x: torch.Tensor, padding: Padding, fused: bool) -> torch.Tensor:
-        """x: (batch, tokens, hidden)."""
-        first = self.last and self.kind == "attention"
+    @property
+    def first(self) -> bool:
+        """Does it make states of the first token of each row alone?"""
+        return self.last and self.kind == "attention"
+
+    def h(self, x: torch.Tensor, packing: Packing, fused: bool) -> torch.Tensor:
+        """x: (tokens, hidden), packed; what is made (rows, hidden) where it is `first`."""
         if isinstance(self.frozen, Attention):
-            return self.frozen(x, padding, first, fused)
+            return self.frozen(x, packing, self.first, fused)
         if isinstance(self.frozen, FeedForward):
             return self.frozen(x)
         made: Any
         if self.kind == "attention":
-            made = self.inner[0](x, padding.allowed)[0]
-            made = made[:, :1] if first else made
+            made = self.inner[0](packing.spread(x), packing.allowed)[0]
+            made = made[:, 0] if self.first else packing.pack(made)
         else:
             made = self.inner[0](x)
         made = self.inner[1](made)
         return made  # type: ignore[no-any-return]  # a module's output
 
     def ended(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What the next sub-layer reads. h, x: (batch, tokens, hidden); x may have tokens that h has not."""
-        x = x[:, : h.shape[1]].to(h.dtype)
+        """What the next sub-layer reads. h, x: (tokens, hidden)."""
+        h, x = h.unsqueeze(0), x.to(h.dtype).unsqueeze(0)
         if isinstance(self.end.dropout, Site):
             self.end.dropout.stream.x = x
         made: torch.Tensor = self.end.LayerNorm(self.end.dropout(h) + x)
-        return made
+        return made.squeeze(0)
 
 
 class Encoder:
@@ -167,44 +172,48 @@ class Encoder:
                 self._encoder.forward = earlier
 
     def logits(self, tails: Callable[[], torch.Tensor], rows: int) -> torch.Tensor:
-        """What the head makes of the first tokens that `tails` makes, (rows, 1, hidden)."""
+        """What the head makes of the first tokens that `tails` makes, (rows, hidden)."""
         nothing = torch.zeros(rows, 1, dtype=torch.int64, device=self.model.device)
-        logits: torch.Tensor = self._instead(lambda x: tails(), input_ids=nothing).logits
+        logits: torch.Tensor = self._instead(lambda x: tails().unsqueeze(1), input_ids=nothing).logits
         return logits
 
-    def states(self, padding: Padding, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """What the trunk makes of tokens: as many as the cut has, (batch, tokens or 1, hidden) each."""
+    def states(self, packing: Packing, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What the trunk makes of tokens: as many as the cut has, (tokens or rows, hidden) each."""
         made: list[torch.Tensor] = []
 
         def record(x: torch.Tensor) -> torch.Tensor:
-            made.extend(self._trunk(x, padding))
+            x = F.pad(x, (0, 0, 0, packing.width - x.shape[1]))
+            made.extend(self._trunk(packing.pack(x.to(self.dtype)), packing))
             return x[:, :1]
 
         with torch.no_grad():
             self._instead(record, **inputs)
         return made
 
-    def tail(self, states: list[torch.Tensor], padding: Padding) -> torch.Tensor:
-        """(batch, 1, hidden): what the last layer makes of the first token."""
+    def tail(self, states: list[torch.Tensor], packing: Packing) -> torch.Tensor:
+        """(rows, hidden): what the last layer makes of the first tokens."""
         *h, x = states
         begin = self.cut.sublayer
         if h:
             x, begin = self.sublayers[begin].ended(h[0], x), begin + 1
-        for each in self.sublayers[begin:]:
-            x = each.ended(each.h(x, padding, self._fused(padding)), x)
-        return x[:, :1]
+        return self._through(self.sublayers[begin:], x, packing)
 
-    def _trunk(self, x: torch.Tensor, padding: Padding) -> list[torch.Tensor]:
-        x = F.pad(x.to(self.dtype), (0, 0, 0, padding.tokens - x.shape[1]))
-        for each in self.sublayers[: self.cut.sublayer]:
-            x = each.ended(each.h(x, padding, self._fused(padding)), x)
+    def _trunk(self, x: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
+        x = self._through(self.sublayers[: self.cut.sublayer], x, packing)
         if not self.cut.inside:
             return [x]
-        h = self.sublayers[self.cut.sublayer].h(x, padding, self._fused(padding))
-        return [h, x[:, : h.shape[1]]]
+        within = self.sublayers[self.cut.sublayer]
+        h = within.h(x, packing, self._fused(packing))
+        return [h, x[packing.firsts] if within.first else x]
 
-    def _fused(self, padding: Padding) -> bool:
-        return padding.tokens > self.plain_until
+    def _through(self, sublayers: Sequence[SubLayer], x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        for each in sublayers:
+            h = each.h(x, packing, self._fused(packing))
+            x = each.ended(h, x[packing.firsts] if each.first else x)
+        return x
+
+    def _fused(self, packing: Packing) -> bool:
+        return packing.width > self.plain_until
 
     def _instead(self, layers: Callable[[torch.Tensor], torch.Tensor], **inputs: torch.Tensor) -> Any:
         """A forward pass of the model with something else in the place of its layers."""

@@ -4,20 +4,20 @@ Composed of torch's own operations, attention and feed-forward make some thirty 
 is owed for a base that does not learn. Here the matrices are cast once, queries, keys and values are one product, and
 what only the backward pass of a trained matrix would need is not kept (Vaswani et al. 2017 for what is computed).
 
-All tensors: x (batch, tokens, hidden); what is returned has the dtype of the matrices.
+All tensors: x (tokens, hidden), rows packed one behind the other; what is returned has the dtype of the matrices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
+from torch.nn.attention.varlen import varlen_attn
 
-from components.training.batching import widened
+from components.training.packing import Packing
 
 aten = torch.ops.aten
 
@@ -35,37 +35,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Derived]] =
 }
 
 
-@dataclass(frozen=True)
-class Padding:
-    """Which of (batch, tokens) are none. mask: (batch, 1, 1, tokens), added to scores; None where all rows are full."""
-
-    batch: int
-    tokens: int
-    mask: torch.Tensor | None
-
-    @staticmethod
-    def of(lengths: torch.Tensor, dtype: torch.dtype) -> Padding:
-        """lengths: (batch,)."""
-        tokens = width(lengths, dtype)
-        if int(lengths.min()) == tokens:
-            return Padding(len(lengths), tokens, None)
-        beyond = torch.arange(tokens, device=lengths.device) >= lengths.unsqueeze(1)
-        mask = torch.zeros(beyond.shape, dtype=dtype, device=lengths.device)
-        mask.masked_fill_(beyond, torch.finfo(dtype).min)
-        return Padding(len(lengths), tokens, mask[:, None, None, :])
-
-    @property
-    def allowed(self) -> torch.Tensor | None:
-        """As scaled_dot_product_attention takes it: True where a token may be looked at."""
-        return None if self.mask is None else self.mask == 0
-
-
-def width(lengths: Any, dtype: torch.dtype) -> int:
-    """Tokens that rows of these lengths have with padding. lengths: (batch,)."""
-    longest = int(lengths.max())
-    return widened(longest) if dtype == torch.bfloat16 else longest
-
-
 class Attention:
     """Self-attention up to the end of its output matrix, from the modules of a frozen layer."""
 
@@ -80,19 +49,24 @@ class Attention:
         self.qkv_bias = torch.cat([each.detach() for each in biases]).to(dtype)
         self.out, self.out_bias = out.weight.detach().to(dtype), out.bias.detach().to(dtype)
 
-    def __call__(self, x: torch.Tensor, padding: Padding, first: bool, fused: bool) -> torch.Tensor:
-        """first: only for the first token, (batch, 1, hidden).  fused: by torch's fused attention."""
+    def __call__(self, x: torch.Tensor, packing: Packing, first: bool, fused: bool) -> torch.Tensor:
+        """first: only for the first token of each row, (rows, hidden).  fused: by torch's fused attention."""
         x = x.to(self.qkv.dtype)
         if fused and not first:
-            return self._fused(x, padding)
-        made: torch.Tensor = (_FirstToken if first else _Attention).apply(x, self, padding)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            return self._fused(x, packing)
+        made: torch.Tensor = (_FirstToken if first else _Attention).apply(x, self, packing)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return made
 
-    def _fused(self, x: torch.Tensor, padding: Padding) -> torch.Tensor:
-        qkv = _project(x, self.qkv, self.qkv_bias)
-        q, k, v = qkv.view(*x.shape[:2], 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=padding.allowed, scale=1.0)
-        return _project(seen.transpose(1, 2).reshape(x.shape), self.out, self.out_bias)
+    def _fused(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        q, k, v = F.linear(x, self.qkv, self.qkv_bias).view(len(x), 3, self.heads, -1).unbind(1)
+        if x.is_cuda and (packed := packing.packed):
+            seen: Any = varlen_attn(q, k, v, *2 * (packed.bounds,), *2 * (packed.longest,), scale=1.0)
+        else:
+            shape = packing.rows, packing.width, self.heads, self.hidden // self.heads
+            q, k, v = (packing.spread(each.flatten(1)).view(shape).transpose(1, 2) for each in (q, k, v))
+            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.allowed, scale=1.0)
+            seen = packing.pack(seen.transpose(1, 2).flatten(2))
+        return F.linear(seen.reshape(x.shape), self.out, self.out_bias)
 
     @property
     def key(self) -> torch.Tensor:
@@ -104,20 +78,20 @@ class Attention:
         return self.qkv[2 * self.hidden :].view(self.heads, -1, self.hidden)
 
     def of_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(batch, hidden) as (heads, batch, features)."""
+        """(rows, hidden) as (heads, rows, features)."""
         return x.view(len(x), self.heads, -1).transpose(0, 1)
 
-    def heads_first(self, projected: torch.Tensor, padding: Padding) -> torch.Tensor:
-        """(batch · tokens, n · hidden) as (n, batch · heads, tokens, features)."""
-        batch = padding.batch
-        split = projected.view(batch, -1, projected.shape[-1] // self.hidden, self.heads, self.hidden // self.heads)
-        return split.permute(2, 0, 3, 1, 4).contiguous().view(split.shape[2], batch * self.heads, split.shape[1], -1)
+    def heads_first(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, width, n · hidden) as (n, rows · heads, width, features)."""
+        rows, width, n = x.shape[0], x.shape[1], x.shape[2] // self.hidden
+        split = x.view(rows, width, n, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return split.contiguous().view(n, rows * self.heads, width, -1)
 
-    def heads_last(self, parts: torch.Tensor, padding: Padding) -> torch.Tensor:
-        """The inverse: (n, batch · heads, tokens, features) as (batch · tokens, n · hidden)."""
-        n, _, tokens, features = parts.shape
-        split = parts.view(n, padding.batch, self.heads, tokens, features)
-        return split.permute(1, 3, 0, 2, 4).reshape(-1, n * self.hidden)
+    def heads_last(self, x: torch.Tensor) -> torch.Tensor:
+        """The inverse: (n, rows · heads, width, features) as (rows, width, n · hidden)."""
+        n, of_all, width, features = x.shape
+        split = x.view(n, -1, self.heads, width, features).permute(1, 3, 0, 2, 4)
+        return split.reshape(of_all // self.heads, width, -1)
 
 
 class FeedForward:
@@ -135,25 +109,25 @@ class FeedForward:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, own: Attention, padding: Padding) -> torch.Tensor:
-        q, k, v = own.heads_first(_product(_flat(x), own.qkv, own.qkv_bias), padding)
-        p = _probabilities(q, k, own, padding)
-        seen = own.heads_last(torch.bmm(p, v).unsqueeze(0), padding)
+    def forward(ctx: Any, x: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
+        q, k, v = own.heads_first(packing.spread(_product(x, own.qkv, own.qkv_bias)))
+        p = _probabilities(q, k, own, packing)
+        seen = packing.pack(own.heads_last(torch.bmm(p, v).unsqueeze(0)))
         ctx.save_for_backward(q, k, v, p)
-        ctx.own, ctx.padding = own, padding
-        return _product(seen, own.out, own.out_bias).view(x.shape)
+        ctx.own, ctx.packing = own, packing
+        return _product(seen, own.out, own.out_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, p = ctx.saved_tensors
-        own, padding = ctx.own, ctx.padding
-        seen = own.heads_first(_flat(grad) @ own.out, padding)[0]
+        own, packing = ctx.own, ctx.packing
+        seen = own.heads_first(packing.spread(grad @ own.out))[0]
         grads = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
         scores = _through_softmax(seen, v, p)
         torch.bmm(scores, k, out=grads[0])
         torch.bmm(scores.transpose(1, 2), q, out=grads[1])
         torch.bmm(p.transpose(1, 2), seen, out=grads[2])
-        return (own.heads_last(grads, padding) @ own.qkv).view(grad.shape), None, None
+        return packing.pack(own.heads_last(grads)) @ own.qkv, None, None
 
 
 class _FirstToken(torch.autograd.Function):
@@ -165,64 +139,57 @@ class _FirstToken(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, own: Attention, padding: Padding) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
         hidden = own.hidden
-        q = own.of_heads(_product(x[:, 0], own.qkv[:hidden], own.qkv_bias[:hidden]))
-        asked = torch.bmm(q, own.key).transpose(0, 1).contiguous()  # (batch, heads, hidden), as are means
+        q = own.of_heads(_product(x[packing.firsts], own.qkv[:hidden], own.qkv_bias[:hidden]))
+        asked = torch.bmm(q, own.key).transpose(0, 1).contiguous()  # (rows, heads, hidden), as are means
+        x = packing.spread(x)
         scores = torch.bmm(asked, x.transpose(1, 2))
-        if padding.mask is not None:
-            scores.add_(padding.mask[:, 0])
+        if packing.mask is not None:
+            scores.add_(packing.mask[:, 0])
         p = torch.softmax(scores, -1, out=scores)
         means = torch.bmm(p, x)
         seen = torch.bmm(means.transpose(0, 1), own.value.transpose(1, 2)).transpose(0, 1).reshape(-1, hidden)
         ctx.save_for_backward(x, asked, p)
-        ctx.own = own
-        return _product(seen + own.qkv_bias[2 * hidden :], own.out, own.out_bias).unsqueeze(1)
+        ctx.own, ctx.packing = own, packing
+        return _product(seen + own.qkv_bias[2 * hidden :], own.out, own.out_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, asked, p = ctx.saved_tensors
         own: Attention = ctx.own
-        means = torch.bmm(own.of_heads(_flat(grad) @ own.out), own.value).transpose(0, 1).contiguous()
+        means = torch.bmm(own.of_heads(grad @ own.out), own.value).transpose(0, 1).contiguous()
         scores = _through_softmax(means, x, p)
         read = torch.bmm(torch.cat([p, scores], 1).transpose(1, 2), torch.cat([means, asked], 1))
         q = torch.bmm(torch.bmm(scores, x).transpose(0, 1), own.key.transpose(1, 2))
         read[:, 0] += q.transpose(0, 1).reshape(-1, own.hidden) @ own.qkv[: own.hidden]
-        return read, None, None
+        return ctx.packing.pack(read), None, None
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, own: FeedForward) -> torch.Tensor:
-        inner = _product(_flat(x), own.up, own.up_bias)
+        inner = _product(x, own.up, own.up_bias)
         ctx.save_for_backward(inner)
         ctx.own = own
-        return _product(own.activation(inner), own.down, own.down_bias).view(x.shape)
+        return _product(own.activation(inner), own.down, own.down_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (inner,) = ctx.saved_tensors
         own = ctx.own
-        return (own.derived(_flat(grad) @ own.down, inner) @ own.up).view(grad.shape), None
-
-
-def _flat(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
+        return own.derived(grad @ own.down, inner) @ own.up, None
 
 
 def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return torch.addmm(bias, x, matrix.t())
 
 
-def _project(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, matrix, bias)
-
-
-def _probabilities(q: torch.Tensor, k: torch.Tensor, own: Attention, padding: Padding) -> torch.Tensor:
-    """(batch · heads, queries, tokens); q and k: (batch · heads, tokens, features)."""
+def _probabilities(q: torch.Tensor, k: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
+    """(rows · heads, width, width); q and k: (rows · heads, width, features)."""
     scores = torch.bmm(q, k.transpose(1, 2))
-    if padding.mask is not None:
-        scores.view(padding.batch, own.heads, *scores.shape[1:]).add_(padding.mask)
+    if packing.mask is not None:
+        scores.view(packing.rows, own.heads, *scores.shape[1:]).add_(packing.mask)
     return torch.softmax(scores, -1, out=scores)
 
 

@@ -16,13 +16,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from components import cache, digest
-from components.training.frozen import Attention, FeedForward, Padding
+from components.training.frozen import Attention, FeedForward
+from components.training.packing import Packing
 
 WIDTHS = (64, 128, 256, 512)
 INNER = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "encoder_ffn_dim")
@@ -68,7 +70,7 @@ def chosen(device: torch.device, shape: Shape, precisions: tuple[torch.dtype, ..
     """precisions: one that is asked for, or several to choose from. What was measured is kept in the cache folder."""
     if shape.hidden < SMALL:
         return Kernels(precisions == (torch.bfloat16,), WIDTHS[-1], 0)
-    code = digest.of_code("training/kernels", "training/frozen")
+    code = digest.of_code("training/kernels", "training/frozen", "training/packing")
     about = [name_of(device), torch.__version__, asdict(shape), [str(each) for each in precisions], code]
     path = cache.folder() / "kernels" / f"{digest.of_json(about)[:32]}.json"
     try:
@@ -124,7 +126,7 @@ def _until(one: Callable[[int], Any], other: Callable[[int], Any]) -> int:
 
 def _feed_forward(shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
     own = FeedForward(nn.Linear(shape.hidden, shape.inner), nn.Linear(shape.inner, shape.hidden), "gelu", dtype)
-    x = torch.randn(ROWS, 64, shape.hidden, dtype=dtype, requires_grad=True)
+    x = torch.randn(ROWS * 64, shape.hidden, dtype=dtype, requires_grad=True)
     return partial(_both_ways, lambda: own(x))
 
 
@@ -133,9 +135,9 @@ def _attention(shape: Shape, dtype: torch.dtype, fused: bool) -> Callable[[int],
     own = Attention(query, key, value, out, shape.heads, dtype)
 
     def of(width: int) -> Callable[[], None]:
-        x = torch.randn(ROWS, width, shape.hidden, dtype=dtype, requires_grad=True)
-        padding = Padding.of(torch.tensor([width - 1] + [width] * (ROWS - 1)), dtype)
-        return partial(_both_ways, lambda: own(x, padding, first=False, fused=fused))
+        packing = Packing.of(np.array([width - 1] + [width] * (ROWS - 1)), dtype, torch.device("cpu"))
+        x = torch.randn(packing.tokens, shape.hidden, dtype=dtype, requires_grad=True)
+        return partial(_both_ways, lambda: own(x, packing, first=False, fused=fused))
 
     return of
 

@@ -18,7 +18,7 @@ from components.training.batching import LEARNED_AT_ONCE, Tokens, collate
 from components.training.compiled import Compiled
 from components.training.crew import ALONE, Crew, shares
 from components.training.encoder import Encoder
-from components.training.frozen import Padding, width
+from components.training.packing import width
 from components.training.precision import Precision
 from components.training.trunk import Trunk
 from components.training.trunk_cache import TrunkCache
@@ -82,10 +82,8 @@ class AboveTrunk:
             return self._encoder.logits(lambda: self._crew.together(tails, self._encoder.trained)[order], len(rows))
 
     def _tail(self, rows: Rows) -> torch.Tensor:
-        states, lengths = self.trunk.states(rows), torch.from_numpy(self._lengths[rows])
-        padding = Padding.of(lengths.to(states[0].device), states[0].dtype)
         with self._precision.autocast():
-            return self._encoder.tail(states, padding)
+            return self._encoder.tail(*self.trunk.states(rows))
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,19 @@ from components import digest
 from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate
 from components.training.crew import Crew
 from components.training.encoder import Encoder
-from components.training.frozen import Padding, width
+from components.training.packing import Packing
 from components.training.precision import Precision
 from components.training.trunk_cache import Store, TrunkCache
 
 # What the states follow from, beside base, tokens and cut.
-CODE = ("training/encoder", "training/frozen", "training/trunk", "adapters/families", "adapters/layer")
+CODE = (
+    "training/encoder",
+    "training/frozen",
+    "training/packing",
+    "training/trunk",
+    "adapters/families",
+    "adapters/layer",
+)
 
 
 class Trunk:
@@ -56,24 +63,29 @@ class Trunk:
         self.is_kept = True
         self._store = cache.opened(self.digest(base), lengths, cut.states, hidden, self.precision.dtype, fill)
 
-    def states(self, rows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
-        """As many as the cut has: (rows, tokens or 1, hidden) each, padded with zeros or what padding tokens give."""
-        if self._store is not None:
-            tokens = 1 if self.encoder.cut.first else width(self.lengths[rows], self.precision.dtype)
-            found = self._store.read(rows, tokens)
-            if self._device.type == "cuda":  # from pinned memory the copy goes on beside what is computed
-                found = [each.pin_memory().to(self._device, non_blocking=True) for each in found]
-            return found
-        return self.computed(rows)
+    def states(self, rows: npt.NDArray[np.int64]) -> tuple[list[torch.Tensor], Packing]:
+        """As many as the cut has, (tokens or rows, hidden) each, and how rows lie in them."""
+        packing = Packing.of(self.lengths[rows], self.encoder.dtype, self._device)
+        if self._store is None:
+            return self.computed(rows, packing), packing
+        found = self._store.read(rows, *self._places(packing))
+        if self._device.type == "cuda":  # from pinned memory the copy goes on beside what is computed
+            found = [each.pin_memory().to(self._device, non_blocking=True) for each in found]
+        return found, packing
 
-    def computed(self, rows: npt.NDArray[np.int64]) -> list[torch.Tensor]:
+    def computed(self, rows: npt.NDArray[np.int64], packing: Packing) -> list[torch.Tensor]:
         inputs = collate(self._tokens, rows, self._padding, self._device)
-        padding = Padding.of(inputs["attention_mask"].sum(1), self.encoder.dtype)
         with self.precision.autocast():
-            return self.encoder.states(padding, inputs)
+            return self.encoder.states(packing, inputs)
 
     def _put(self, store: Store, rows: npt.NDArray[np.int64]) -> None:
-        store.write(rows, [each.cpu() for each in self.computed(rows)])
+        packing = Packing.of(self.lengths[rows], self.encoder.dtype, self._device)
+        starts, _ = self._places(packing)
+        store.write(rows, starts, [each.cpu() for each in self.computed(rows, packing)])
+
+    def _places(self, packing: Packing) -> tuple[npt.NDArray[np.int64], int]:
+        """Where rows start in states, and how many tokens there are."""
+        return (np.arange(packing.rows), packing.rows) if self.encoder.cut.first else (packing.starts, packing.tokens)
 
 
 def tokens_digest(tokens: Tokens) -> str:

@@ -25,6 +25,8 @@ import torch
 
 from components import disk
 
+Rows = npt.NDArray[np.int64]
+
 FOLDER = "trunk"
 ENDING = ".states"
 # Of the disk's free space, what one file may take: other jobs want to write, too.
@@ -42,25 +44,26 @@ class Store:
         self._file, self._starts, self._states = file, starts, states
         self._hidden, self._dtype = hidden, dtype
 
-    def write(self, rows: npt.NDArray[np.int64], states: list[torch.Tensor]) -> None:
-        """states: (rows, tokens, hidden) each, padded."""
+    def write(self, rows: Rows, starts: Rows, states: list[torch.Tensor]) -> None:
+        """states: (tokens, hidden) each.  starts: (rows,), where the rows start in them."""
         for number, state in enumerate(states):
-            for index, row in enumerate(rows):
-                content = state[index, : self._starts[row + 1] - self._starts[row]].contiguous()
-                written = os.pwrite(self._file.fileno(), _bytes(content), self._place(number, row))
-                if written != content.nbytes:
+            for row, start, length in self._parts(rows, starts):
+                content = _bytes(state[start : start + length].contiguous())
+                if os.pwrite(self._file.fileno(), content, self._place(number, row)) != content.nbytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
-    def read(self, rows: npt.NDArray[np.int64], width: int) -> list[torch.Tensor]:
-        """(rows, width, hidden) each, padded with zeros."""
-        lengths = self._starts[rows + 1] - self._starts[rows]
-        shape = len(rows), width, self._hidden
-        found = [torch.empty(shape, dtype=self._dtype) for _ in range(self._states)]
-        for number, block in enumerate(found):
-            for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-                os.preadv(self._file.fileno(), [_bytes(block[index, :length])], self._place(number, row))
-                block[index, length:] = 0
+    def read(self, rows: Rows, starts: Rows, tokens: int) -> list[torch.Tensor]:
+        """(tokens, hidden) each, with zeros where no row is. starts: (rows,), where the rows are to start."""
+        found = [torch.zeros(tokens, self._hidden, dtype=self._dtype) for _ in range(self._states)]
+        for number, state in enumerate(found):
+            for row, start, length in self._parts(rows, starts):
+                os.preadv(self._file.fileno(), [_bytes(state[start : start + length])], self._place(number, row))
         return found
+
+    def _parts(self, rows: Rows, starts: Rows) -> Iterator[tuple[int, int, int]]:
+        """Of each row its number, start and length."""
+        lengths = self._starts[rows + 1] - self._starts[rows]
+        return zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True)
 
     def _place(self, state: int, row: int) -> int:
         """Of a row's first byte."""

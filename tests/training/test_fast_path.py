@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from components.methods import settings_of
 from components.training import loop, passes
 from components.training.batching import Tokens, collate, tokenise, training_batches
 from components.training.encoder import Encoder
+from components.training.packing import Packing
 from components.training.passes import AboveTrunk, Means
 from components.training.precision import Precision
 from components.training.trunk_cache import TrunkCache
@@ -140,6 +142,20 @@ def test_so_they_do_when_threads_share_each_batch(base_of: Callable[[str], Path]
     plain = losses(model_of(base, "houlsby"), tokens, None)
     for means in (Means(), Means(cache, "base")):
         assert losses(model_of(base, "houlsby"), tokens, means, threads=3) == pytest.approx(plain, abs=1e-4)
+
+
+@pytest.mark.parametrize("method", ["houlsby", "lora"])  # with attention of ours, and with the model's own
+def test_so_they_do_when_rows_are_packed(
+    base_of: Callable[[str], Path], method: str, cache: TrunkCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs."""
+    base = base_of("bert")
+    tokens = tokens_of(base)
+    plain = losses(model_of(base, method), tokens, None)
+    monkeypatch.setattr("components.training.trunk.Packing.of", partial(Packing.of, packed=True))
+    assert Packing.of(tokens.lengths, torch.float32, CPU).packed
+    for means in (Means(), Means(cache, "base")):
+        assert losses(model_of(base, method), tokens, means) == pytest.approx(plain, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", KNOWN)

@@ -1,35 +1,87 @@
-"""What a row is padded with, of whatever width, changes nothing of what is computed from the row."""
+"""What a row lies beside changes nothing of what is computed from the row, packed or padded."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from components.training.frozen import Attention, Padding
+from components.training.frozen import Attention
+from components.training.packing import Packing
 
-HIDDEN, HEADS, LENGTHS = 32, 4, (5, 11)
+HIDDEN, HEADS, LENGTHS = 32, 4, np.array([5, 11, 1])
+CPU = torch.device("cpu")
+LAYOUTS = pytest.mark.parametrize("packed", [False, True])
 
 
+def layout(lengths: Any, dtype: torch.dtype, packed: bool) -> Packing:
+    return Packing.of(np.asarray(lengths), dtype, CPU, packed)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("first", [False, True])
-def test_padding_in_bfloat16_is_seen_by_nobody(first: bool) -> None:
-    """Rows are widened there beyond the longest."""
+def test_what_is_no_token_is_seen_by_nobody(first: bool, fused: bool, packed: bool) -> None:
+    """In bfloat16, where there is more of it."""
     torch.manual_seed(0)
     own = Attention(*(nn.Linear(HIDDEN, HIDDEN) for _ in range(4)), HEADS, torch.bfloat16)
-    padding = Padding.of(torch.tensor(LENGTHS), torch.bfloat16)
-    assert padding.tokens > max(LENGTHS)
-    rows = [torch.randn(1, length, HIDDEN).bfloat16().requires_grad_() for length in LENGTHS]
-    x = torch.full((len(rows), padding.tokens, HIDDEN), 50.0, dtype=torch.bfloat16)
-    for index, row in enumerate(rows):
-        x[index, : row.shape[1]] = row.detach()[0]
+    together = layout(LENGTHS, torch.bfloat16, packed)
+    rows = [torch.randn(length, HIDDEN).bfloat16() for length in LENGTHS]
+    x = torch.full((together.tokens, HIDDEN), 50.0, dtype=torch.bfloat16)
+    places = [range(start, start + length) for start, length in zip(together.starts, LENGTHS, strict=True)]
+    for row, place in zip(rows, places, strict=True):
+        x[place] = row
     x.requires_grad_()
-    together = own(x, padding, first, fused=False)
-    sum(together[index, : 1 if first else length].float().sum() for index, length in enumerate(LENGTHS)).backward()
-    for index, row in enumerate(rows):
-        length = row.shape[1]
-        alone = own(row, Padding(1, length, None), first, fused=False)
+    made = own(x, together, first, fused)
+    (made if first else torch.cat([made[place] for place in places])).float().sum().backward()
+    assert x.grad is not None
+    for index, (row, place) in enumerate(zip(rows, places, strict=True)):
+        row.requires_grad_()
+        alone = own(
+            row, Packing(1, len(row), len(row), np.zeros(1, int), torch.zeros(1, dtype=int), None, None), first, fused
+        )  # type: ignore[arg-type]
         alone.float().sum().backward()
-        assert torch.allclose(together[index, : alone.shape[1]], alone[0], atol=0.02)
-        assert x.grad is not None and row.grad is not None
-        assert torch.allclose(x.grad[index, :length], row.grad[0], atol=0.02)
-        assert not x.grad[index, length:].any()
+        assert torch.allclose(made[index] if first else made[place], alone[0] if first else alone, atol=0.02)
+        assert row.grad is not None
+        assert torch.allclose(x.grad[place], row.grad, atol=0.02)
+        x.grad[place] = 0
+    assert not x.grad.any()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("lengths", [[1], [4, 4], [3, 1, 8, 2]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_again_what_was_spread_gives_each_row_back(
+    lengths: list[int], dtype: torch.dtype, packed: bool
+) -> None:
+    packing = layout(lengths, dtype, packed)
+    x = torch.arange(packing.tokens, dtype=dtype).unsqueeze(1).requires_grad_()
+    spread = packing.spread(x)
+    assert spread.shape == (len(lengths), packing.width, 1)
+    back = packing.pack(spread)
+    back.sum().backward()
+    assert x.grad is not None
+    for row, (start, length) in enumerate(zip(packing.starts, lengths, strict=True)):
+        place = slice(start, start + length)
+        assert torch.equal(spread[row, :length], x[place])
+        assert torch.equal(back[place], x[place])
+        assert x.grad[place].eq(1).all()
+
+
+def test_packed_rows_follow_one_another_with_filling_behind() -> None:
+    packing = layout([3, 1, 8], torch.bfloat16, packed=True)
+    assert packing.starts.tolist() == [0, 3, 4]
+    assert packing.tokens == 32
+    assert packing.packed is not None
+    assert packing.packed.bounds.tolist() == [0, 3, 4, 12, 32]
+    assert packing.packed.longest == 20
+
+
+def test_on_cpus_rows_are_padded() -> None:
+    packing = Packing.of(np.array([3, 1, 8]), torch.float32, CPU)
+    assert packing.packed is None
+    assert packing.tokens == 3 * 8
+    assert packing.starts.tolist() == [0, 8, 16]

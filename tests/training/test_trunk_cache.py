@@ -22,6 +22,10 @@ WIDTH = 5  # more than any row has
 BYTES = 2 * int(LENGTHS.sum()) * HIDDEN * 4  # two states in float32
 
 
+def starts_of(rows: Any) -> Any:
+    return WIDTH * np.arange(len(rows))
+
+
 def states_of(rows: Any, beyond: float = torch.nan) -> list[torch.Tensor]:
     """Of each row numbers that tell row, token and state; beyond its end, if not told, nothing that may be read."""
     made = []
@@ -30,13 +34,17 @@ def states_of(rows: Any, beyond: float = torch.nan) -> list[torch.Tensor]:
         for index, row in enumerate(rows):
             for token in range(LENGTHS[row]):
                 block[index, token] = 10 * row + token + state
-        made.append(block)
+        made.append(block.flatten(0, 1))
     return made
+
+
+def read(store: Store, rows: list[int]) -> list[torch.Tensor]:
+    return store.read(np.array(rows), starts_of(rows), WIDTH * len(rows))
 
 
 def fill(store: Store) -> None:
     for rows in ([2, 0], [1, 3]):
-        store.write(np.array(rows), states_of(rows))
+        store.write(np.array(rows), starts_of(rows), states_of(rows))
 
 
 def opened(cache: TrunkCache, name: str, filling: Callable[[Store], None] = fill) -> Store | None:
@@ -55,7 +63,7 @@ def names(folder: Path) -> list[str]:
 def test_what_is_read_is_what_was_written_padded_with_zeros(tmp_path: Path, rows: list[int]) -> None:
     store = opened(TrunkCache(tmp_path, 10**6), "one")
     assert store is not None
-    for found, written in zip(store.read(np.array(rows), WIDTH), states_of(rows, 0.0), strict=True):
+    for found, written in zip(read(store, rows), states_of(rows, 0.0), strict=True):
         assert torch.equal(found, written)
 
 
@@ -69,7 +77,7 @@ def test_a_file_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
     (tmp_path / FOLDER / "one.states").write_bytes(b"short")
     store = opened(TrunkCache(tmp_path, 10**6), "one")
     assert store is not None
-    assert torch.equal(store.read(np.array([2]), WIDTH)[0], states_of([2], 0.0)[0])
+    assert torch.equal(read(store, [2])[0], states_of([2], 0.0)[0])
 
 
 def test_what_broke_off_while_it_was_written_leaves_nothing(tmp_path: Path) -> None:
@@ -107,7 +115,7 @@ def test_one_that_is_removed_while_it_is_read_can_be_read_on(tmp_path: Path) -> 
     opened(cache, "two")
     assert names(tmp_path) == ["two"]
     assert store is not None
-    assert torch.equal(store.read(np.array([0]), WIDTH)[1], states_of([0], 0.0)[1])
+    assert torch.equal(read(store, [0])[1], states_of([0], 0.0)[1])
 
 
 def test_what_is_larger_than_the_limit_is_not_kept_and_takes_nothing_away(tmp_path: Path) -> None:
@@ -135,7 +143,7 @@ def _write_slowly(folder: Path, log: Path) -> None:
 
     store = opened(TrunkCache(folder, 10**6), "one", slowly)
     assert store is not None
-    assert torch.equal(store.read(np.array([0]), WIDTH)[0], states_of([0], 0.0)[0])
+    assert torch.equal(read(store, [0])[0], states_of([0], 0.0)[0])
 
 
 def test_of_several_writers_one_writes_and_the_others_read(tmp_path: Path) -> None:
