@@ -15,8 +15,8 @@ from typing import Literal
 from components.storage import Entry
 
 Kind = Literal[
-    "archive", "base", "bundle", "job", "logged model", "report", "rows", "run", "split", "test rows", "trunk",
-    "unfinished", "upload",
+    "archive", "base", "bundle", "job", "logged model", "report", "rows", "run", "split", "test rows", "tokens",
+    "trunk", "unfinished", "upload",
 ]  # fmt: skip
 
 WHY: dict[Kind, str] = {
@@ -30,6 +30,7 @@ WHY: dict[Kind, str] = {
     "run": "MLflow has deleted its run",
     "split": "no accepted data set has it",
     "test rows": "no accepted data set has them",
+    "tokens": "no job has read them of late; the next one that would makes them anew",
     "trunk": "no job has read it of late; the next one that would computes it anew",
     "unfinished": "its writer was killed",
     "upload": "its writer was killed",

@@ -62,8 +62,13 @@ def of_cache(cache: Path) -> list[Thing]:
             for thing in _folders(str(cache / "models"), r"[\w.-]+-[0-9a-f]{12}", "base")
         ),
         *_files(str(cache / "pypi"), r"(.+\.(?:whl|zip|tar\.gz))", "archive"),
+        *_files(str(cache / "tokens"), rf"({SHA})\.arrow", "tokens"),
         *_files(str(cache / "trunk"), rf"({SHA})\.states", "trunk"),
-        *(thing for area in ("models", "pypi", "trunk", members.FOLDER) for thing in _temporary(cache / area)),
+        *(
+            thing
+            for area in ("models", "pypi", "tokens", "trunk", members.FOLDER)
+            for thing in _temporary(cache / area)
+        ),
     ]
 
 

@@ -30,8 +30,8 @@ class Ragged(Sequence[npt.NDArray[np.int32]]):
     def __init__(self, batches: list[pa.Array]) -> None:
         import pyarrow as pa
 
-        lists = pa.chunked_array(batches, pa.large_list(pa.int32())).combine_chunks()
-        self._values, self._starts = lists.values.to_numpy(), lists.offsets.to_numpy()
+        self.lists = pa.chunked_array(batches, pa.large_list(pa.int32())).combine_chunks()
+        self._values, self._starts = self.lists.values.to_numpy(), self.lists.offsets.to_numpy()
 
     def __len__(self) -> int:
         return len(self._starts) - 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ class Shelf:
 def _read(spec: JobSpec, group: Group) -> Material:
     from components import base_model
     from components.data import ledger
+    from components.training import token_cache
     from components.training.batching import tokenise
 
     with group.first_here():
@@ -57,5 +59,11 @@ def _read(spec: JobSpec, group: Group) -> Material:
     if labels != spec.labels:
         raise ConfigError(f"labels {', '.join(spec.labels)}", ", ".join(labels), "split the data again")
     tokenizer = base_model.load_tokenizer(base)
-    tokens = {name: tokenise(table, tokenizer, spec.training.max_tokens) for name, table in parts.items()}
+    most = spec.training.max_tokens
+    tokens = {
+        name: token_cache.kept(
+            [spec.data.digest, name, spec.base.tokenizer_sha256, most], partial(tokenise, table, tokenizer, most)
+        )
+        for name, table in parts.items()
+    }
     return Material(base, parts, tokens, int(tokenizer.pad_token_id or 0))

@@ -272,6 +272,12 @@ def test_what_killed_writers_left_is_listed(tmp_path: Path) -> None:
     assert left_over(tmp_path, registry()) == {*places, "cache/trunk/tmpab12cd34.new"}
 
 
+def test_tokens_that_nobody_read_of_late_are_listed(tmp_path: Path) -> None:
+    made.write(tmp_path / f"cache/tokens/{sha('old')}.arrow")
+    made.write(tmp_path / f"cache/tokens/{sha('new')}.arrow", when=NOW)
+    assert left_over(tmp_path, registry()) == {f"cache/tokens/{sha('old')}.arrow"}
+
+
 def test_trunks_that_nobody_read_of_late_are_listed(tmp_path: Path) -> None:
     made.write(tmp_path / f"cache/trunk/{sha('old')}.states")
     made.write(tmp_path / f"cache/trunk/{sha('old')}.lock")

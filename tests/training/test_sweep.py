@@ -102,9 +102,9 @@ def test_the_trunk_is_computed_once_for_all_that_are_cut_at_the_same_place(
     computed: dict[object, int] = {}
     original = Trunk.computed
 
-    def counted(self: Trunk, rows: Any) -> Any:
+    def counted(self: Trunk, rows: Any, packing: Any) -> Any:
         computed[self.encoder.cut] = computed.get(self.encoder.cut, 0) + len(rows)
-        return original(self, rows)
+        return original(self, rows, packing)
 
     monkeypatch.setattr(Trunk, "computed", counted)
     some = {f"{seed}-{size}": toy_spec(
@@ -134,6 +134,18 @@ def test_what_jobs_share_is_read_once(
     longer = some[0].model_copy(update={"training": some[0].training.model_copy(update={"max_tokens": 8})})
     sweep.run(errands({"a": some[0], "b": some[1], "c": longer}, tmp_path), unheard)
     assert read == [some[0], longer]
+
+
+def test_a_later_process_does_not_tokenise_again(
+    lively_base: Path, data: DataRef, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = toy_spec(lively_base, data, "pfeiffer", 1)
+    first = material.Shelf().material(spec).tokens
+    monkeypatch.setattr("components.training.batching.tokenise", unheard)  # makes no tokens
+    again = material.Shelf().material(spec).tokens
+    assert {name: [row.tolist() for row in part.ids] for name, part in again.items()} == {
+        name: [row.tolist() for row in part.ids] for name, part in first.items()
+    }
 
 
 def test_one_that_cannot_train_does_not_keep_the_others_from_it(

@@ -1,0 +1,76 @@
+"""Token ids on disk: what one job tokenised, later ones with the same rows, tokenizer and length map into memory.
+
+CACHE/tokens/DIGEST.arrow     ids, [types], labels and cut of one part of a split, a row each
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from components import cache, digest, disk
+from components.training.batching import Ragged, Tokens
+
+FOLDER = "tokens"
+ENDING = ".arrow"
+# What token ids follow from, beside texts, tokenizer and length.
+CODE = ("training/batching", "training/token_cache", "base_model")
+LIBRARIES = ("tokenizers", "transformers")
+
+
+def kept(about: list[str | int], make: Callable[[], Tokens]) -> Tokens:
+    """The tokens that `make` makes, from the cache if they are there. about: all that they follow from."""
+    versions = [metadata.version(name) for name in LIBRARIES]
+    name = digest.of_json([*about, *versions, digest.of_code(*CODE)])
+    path = cache.folder() / FOLDER / f"{name}{ENDING}"
+    found = _read(path)
+    if found is None:
+        found = make()
+        _write(path, found)
+    return found
+
+
+def _read(path: Path) -> Tokens | None:
+    """None when they are not there, or the file is damaged."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+        columns = {name: table.column(name) for name in table.column_names}
+        os.utime(path)  # whoever tidies up sees that it was read
+        return Tokens(
+            Ragged(columns["ids"].chunks),
+            Ragged(columns["types"].chunks) if "types" in columns else None,
+            columns["labels"].to_numpy(),
+            columns["cut"].to_numpy(),
+        )
+    except (OSError, pa.ArrowInvalid, KeyError):
+        return None
+
+
+def _write(path: Path, tokens: Tokens) -> None:
+    """Where there is no room on the disk, nothing is kept, and nothing fails."""
+    columns = {"ids": _lists(tokens.ids), "labels": tokens.labels, "cut": tokens.cut}
+    if tokens.types is not None:
+        columns["types"] = _lists(tokens.types)
+    table = pa.table(columns)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".new", delete=False)  # noqa: SIM115  # closed below
+    try:
+        with file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
+        Path(file.name).replace(path)
+    except OSError as error:
+        if not disk.full(error):
+            raise
+    finally:
+        Path(file.name).unlink(missing_ok=True)
+
+
+def _lists(rows: Sequence[Any]) -> pa.Array:
+    return rows.lists if isinstance(rows, Ragged) else pa.array(rows, pa.large_list(pa.int32()))
