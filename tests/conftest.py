@@ -12,6 +12,9 @@ import pytest
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for a hub must fail at once, on every machine
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tests run side by side, and threads that want the same cores spin in wait for each other: three times the CPU. What is
+# to compute with several threads is told so, and does.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 

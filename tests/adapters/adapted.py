@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ INPUTS = {
 
 def classifier(base: Path, seed: int = 0) -> tuple[Any, tuple[str, ...]]:
     """The base with a head drawn from `seed`, and the names of the head's modules."""
+    model, head = _loaded(base, seed)
+    torch.manual_seed(seed)
+    return copy.deepcopy(model), head
+
+
+@functools.cache
+def _loaded(base: Path, seed: int) -> tuple[Any, tuple[str, ...]]:
+    """Read from disk once: hundreds of tests want the same."""
     torch.manual_seed(seed)
     model, head = load_classifier(base_model.find(BaseConfig(name=str(base))), LABELS)
     return model.eval(), head

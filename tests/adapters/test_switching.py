@@ -101,12 +101,12 @@ def test_deleting_one_adapter_keeps_the_other(base: Path, method: str) -> None:
 
 @pytest.mark.parametrize("second", METHODS)
 @every_method
-def test_methods_live_side_by_side(base: Path, method: str, second: str) -> None:
-    """Also those that train layer norms beside those that read them."""
-    model = two(base, method, second)
-    assert torch.equal(logits(model), alone(base, method, seed=1))
+def test_methods_live_side_by_side(tiny_base: Path, method: str, second: str) -> None:
+    """Also those that train layer norms beside those that read them. One family: what meets is methods."""
+    model = two(tiny_base, method, second)
+    assert torch.equal(logits(model), alone(tiny_base, method, seed=1))
     model.set_adapter("second")
-    assert torch.equal(logits(model), alone(base, second, seed=2))
+    assert torch.equal(logits(model), alone(tiny_base, second, seed=2))
 
 
 @every_method
