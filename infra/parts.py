@@ -74,6 +74,8 @@ def _mlflow(folder: Path, ports: Mapping[str, int]) -> Program:
         "--workers", "1", "--app-name", "basic-auth",
         "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}",
         "--artifacts-destination", f"s3://{store.BUCKET}/mlflow",
+        # Where commands find them that use the database without this server, once it is down.
+        "--default-artifact-root", f"s3://{store.BUCKET}/mlflow",
     ]  # fmt: skip
     environment = {
         **Stack(folder, ports["s3"]).environment,

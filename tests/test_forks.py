@@ -17,10 +17,11 @@ import pytest
 from components import forks
 
 PROGRAM = """
-import json, os, signal, sys, time
+import gc, json, os, signal, sys, time
 def imported(package): return sorted(name for name in sys.modules if name.split(".")[0] == package)
 print(json.dumps({"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ), "path": sys.path,
                   "ours": imported("components") + imported("flows"), "torch": bool(imported("torch")),
+                  "frozen": gc.get_freeze_count() > 0, "collects": gc.isenabled(),
                   "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler}), flush=True)
 if "wait" in sys.argv: time.sleep(600)
 print("said", file=sys.stderr)
@@ -67,7 +68,9 @@ def test_it_is_as_if_python_had_started_it(program: Path, tmp_path: Path) -> Non
     assert forked.stderr == straight.stderr == "said\n"
     one, other = said(forked), said(straight)
     assert one.pop("torch") and not other.pop("torch"), "the libraries were there, so nothing had to be imported"
+    assert one.pop("frozen") and not other.pop("frozen"), "nobody looks for garbage among the libraries"
     assert one == other
+    assert one["collects"]
     assert one["ours"] == [], "nothing of this checkout is there before a version brings its own code"
 
 

@@ -20,9 +20,9 @@ from components.errors import StorageError, StorageUnavailable
 from components.registry import bundle, garbage, inventory, references
 from components.registry.garbage import Thing
 from components.registry.references import Registry
+from components.registry.tracking import PROXIED
 from components.storage import Entry
 
-PROXIED = "mlflow-artifacts"
 ARTIFACTS = re.compile(r"^((?:(\d+)/)?(?:models/(m-[0-9a-f]{32})|([0-9a-f]{32})))/artifacts/.+$")
 MANIFEST = re.compile(rf"/artifacts/artifacts/[^/]+/{re.escape(bundle.MANIFEST)}$")
 

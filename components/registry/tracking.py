@@ -19,6 +19,8 @@ from components.config import RegistryConfig
 from components.errors import RegistryError, RegistryUnavailable
 
 RUN_VARIABLE = "ADAPTERLINE_MLFLOW_RUN"
+# The scheme of artifacts that go through a server, which alone knows where they lie.
+PROXIED = "mlflow-artifacts"
 # As many as every kind of search allows at once.
 PAGE = 500
 # A server that is away is reported within a minute; MLflow's own default keeps a client waiting for many.
@@ -105,7 +107,7 @@ def calls(uri: str) -> Iterator[None]:
     from mlflow.exceptions import MlflowException
     from requests import RequestException
 
-    place = uri.split("://")[0] + "://…" if "@" in uri else uri  # never show a password
+    place = _shown(uri)
     try:
         yield
     except MlflowException as error:
@@ -115,6 +117,10 @@ def calls(uri: str) -> Iterator[None]:
         raise _unavailable(place, error) from error
     except (BotoCoreError, ClientError, Boto3Error, RequestException) as error:
         raise _unavailable(place, error) from error
+
+
+def _shown(uri: str) -> str:
+    return uri.split("://")[0] + "://…" if "@" in uri else uri  # never show a password
 
 
 def _unavailable(place: str, error: Exception) -> RegistryUnavailable:
@@ -133,12 +139,23 @@ def _translated(function: Callable[Concatenate[Tracking, P], T]) -> Callable[Con
 
 @_translated
 def start(tracking: Tracking, name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
-    """Id of a new run, nested below `parent`."""
-    from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-
-    nested = {MLFLOW_PARENT_RUN_ID: parent} if parent else {}
+    """Id of a new run, nested below `parent`. Raises RegistryError where it could keep no artifacts."""
+    if not tracking.uri.startswith("http"):
+        _require_reach(tracking)
+    nested = {PARENT: parent} if parent else {}
     run = tracking.client.create_run(tracking.experiment_id, run_name=name, tags={**tags, **nested})
     return str(run.info.run_id)
+
+
+def _require_reach(tracking: Tracking) -> None:
+    """An experiment that was made through a server may keep artifacts where only that server knows."""
+    experiment = tracking.client.get_experiment(tracking.experiment_id)
+    if str(experiment.artifact_location).startswith(f"{PROXIED}:"):
+        raise RegistryError(
+            f"the MLflow server through which experiment {experiment.name} keeps artifacts",
+            f"its database alone, at {_shown(tracking.uri)}",
+            "start the server (`make up`) and run again, or name another registry.experiment",
+        )
 
 
 @_translated
