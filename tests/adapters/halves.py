@@ -1,4 +1,4 @@
-"""One of two processes that share a batch: `torchrun --nproc-per-node 2 -m tests.adapters.halves BASE METHOD OUT`."""
+"""One of two processes that share a batch: `torchrun --nproc-per-node 2 -m tests.adapters.halves BASE OUT METHOD …`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from safetensors.torch import save_file
 from tests.adapters.adapted import INPUTS, adapted
 
 
-def main(base: str, method: str, out: str) -> None:
-    """Saves the gradients of one row, which DDP averages with those of the other processes."""
+def main(base: str, out: str, *methods: str) -> None:
+    """Saves, by method, the gradients of one row, which DDP averages with those of the other processes."""
     accelerator = Accelerator(cpu=True)
-    model = accelerator.prepare(adapted(Path(base), method))
     row = accelerator.process_index
-    model(**{name: tensor[row : row + 1] for name, tensor in INPUTS.items()}).logits.sum().backward()
-    own = accelerator.unwrap_model(model)
-    if accelerator.is_main_process:
-        save_file({name: p.grad for name, p in own.named_parameters() if p.grad is not None}, out)
+    for method in methods:
+        model = accelerator.prepare(adapted(Path(base), method))
+        model(**{name: tensor[row : row + 1] for name, tensor in INPUTS.items()}).logits.sum().backward()
+        own = accelerator.unwrap_model(model)
+        if accelerator.is_main_process:
+            found = {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
+            save_file(found, Path(out) / method)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

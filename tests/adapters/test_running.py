@@ -91,41 +91,42 @@ def test_threads_do_not_see_each_others_streams() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("method", ["parallel", "mam"])
-def test_a_model_can_be_pickled_into_another_process(tmp_path: Path, method: str) -> None:
-    model = model_of("bert", method).eval()
-    (tmp_path / "model").write_bytes(pickle.dumps((model, inputs("bert"))))
+def test_models_can_be_pickled_into_another_process(tmp_path: Path) -> None:
+    models = {method: model_of("bert", method).eval() for method in ("parallel", "mam")}
+    (tmp_path / "models").write_bytes(pickle.dumps((models, inputs("bert"))))
     script = """
 import pickle, sys, torch
 from safetensors.torch import save_file
-model, batch = pickle.load(open(sys.argv[1], "rb"))
+models, batch = pickle.load(open(sys.argv[1], "rb"))
 with torch.no_grad():
-    save_file({"hidden": model(**batch).last_hidden_state.contiguous()}, sys.argv[2])
+    save_file({name: model(**batch).last_hidden_state.contiguous() for name, model in models.items()}, sys.argv[2])
 """
-    command = [sys.executable, "-c", script, str(tmp_path / "model"), str(tmp_path / "out")]
+    command = [sys.executable, "-c", script, str(tmp_path / "models"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    with torch.no_grad():
-        expected = model(**inputs("bert")).last_hidden_state
-    assert torch.allclose(load_file(tmp_path / "out")["hidden"], expected, atol=1e-6)
+    there = load_file(tmp_path / "out")
+    for method, model in models.items():
+        with torch.no_grad():
+            expected = model(**inputs("bert")).last_hidden_state
+        assert torch.allclose(there[method], expected, atol=1e-6), method
 
 
-@pytest.mark.parametrize("method", ["pfeiffer", "mam"])
-def test_two_processes_share_the_work(tmp_path: Path, method: str) -> None:
+def test_two_processes_share_the_work(tmp_path: Path) -> None:
     """DDP by accelerate, over gloo: the mean of both rows' gradients is that of the batch."""
-    base, out = make_base(tmp_path / "base"), tmp_path / "gradients"
+    base, methods = make_base(tmp_path / "base"), ("pfeiffer", "mam")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "-m", "tests.adapters.halves", str(base), method, str(out)],
+        [*command, "-m", "tests.adapters.halves", str(base), str(tmp_path), *methods],
         capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    together = load_file(out)
-    model = adapted(base, method)
-    (model(**INPUTS).logits.sum() / 2).backward()
-    alone = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert together.keys() == alone.keys()
-    assert all(torch.allclose(together[name], alone[name], atol=1e-5) for name in alone)
+    for method in methods:
+        together = load_file(tmp_path / method)
+        model = adapted(base, method)
+        (model(**INPUTS).logits.sum() / 2).backward()
+        alone = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert together.keys() == alone.keys(), method
+        assert all(torch.allclose(together[name], alone[name], atol=1e-5) for name in alone), method
 
 
 @pytest.mark.parametrize("method", METHODS)
