@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components import config, disk, forks
+from components import config, disk
 from components.config import RetrainConfig
-from components.errors import AdapterlineError, ConfigError, RegistryError
-from components.registry.versions import SCORE
+from components.errors import AdapterlineError, ConfigError
 from infra import local
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def main(
             ready()
             made = flow(settings)
             if registers:
-                _closing(settings, made, stack, terminal.registered)
+                _closing(settings, made, stack, terminal.said)
     return ending.code
 
 
@@ -231,20 +230,15 @@ def listen(debug: bool) -> None:
         each.setLevel(logging.CRITICAL)
 
 
-def _closing(settings: RetrainConfig, version: str, stack: local.Stack | None, new: bool) -> None:
-    """What a new version says of the preset's own sentences, as the command says it that a user would type, and where
+def _closing(settings: RetrainConfig, version: str, stack: local.Stack | None, said: str) -> None:
+    """What a new version said of the preset's own sentences, as the command says it that a user would type, and where
     to look.
-
-    Raises RegistryError when the version does not answer.
     """
     ours = stack is not None or not os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http")
     python = os.path.relpath(sys.executable)
-    if new and settings.report.examples:
-        answer = forks.run(["-P", str(SCORE), version, "--text", *settings.report.examples], os.environ)
-        if answer.returncode != 0:
-            raise RegistryError(f"{version} to predict", answer.stderr.strip(), "see the message")
+    if said:
         print("\nprediction of the registered version:")
-        for text, line in zip(["", *settings.report.examples], answer.stdout.splitlines(), strict=False):
+        for text, line in zip(["", *settings.report.examples], said.splitlines(), strict=False):
             print(f"  {line}    {text}".rstrip())
     print("\nlook further:")
     if ours:

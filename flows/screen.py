@@ -41,7 +41,7 @@ class Terminal:
         )
         self.progress: Progress = Progress(*columns, console=console, transient=True)
         self.bars: dict[str, Any] = {}
-        self.registered = False
+        self.said = ""  # by the version that was registered
 
     def __enter__(self) -> Terminal:
         Terminal.current = self
@@ -136,7 +136,7 @@ def summary(report: GateReport) -> str:
 
 def registered(version: Version) -> None:
     if Terminal.current is not None:
-        Terminal.current.registered = True
+        Terminal.current.said = version.said
     log.info("")
     log.info("registered version %s of %s as candidate: %s", version.number, version.name, _bytes(version.size))
     log.info("          %s", version.uri)

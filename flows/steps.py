@@ -214,7 +214,14 @@ def register(config: RetrainConfig, plan: Plan, split: Record, adapter: Trained,
     with tempfile.TemporaryDirectory() as folder:
         parts, _ = ledger.load_parts(split.split_uri, split.split_digest, Path(folder))
     return registration.register(
-        run.tracking, adapter.run_id, config.model, adapter.folder, parts["test"], tags, screen.summary(judged.report)
+        run.tracking,
+        adapter.run_id,
+        config.model,
+        adapter.folder,
+        parts["test"],
+        tags,
+        screen.summary(judged.report),
+        config.report.examples,
     )
 
 

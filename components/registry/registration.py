@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from components.registry.versions import (
     RUN_DIGEST,
     Version,
     artifact_uri,
-    score,
+    examined,
     tagged,
     with_alias,
 )
@@ -42,12 +42,19 @@ log = logging.getLogger("adapterline")
 
 
 def register(
-    tracking: Tracking, run_id: str, name: str, folder: Path, test: Dataset, tags: Mapping[str, str], about: str
+    tracking: Tracking,
+    run_id: str,
+    name: str,
+    folder: Path,
+    test: Dataset,
+    tags: Mapping[str, str],
+    about: str,
+    examples: Sequence[str] = (),
 ) -> Version:
     """Register a bundle as the next version of a model and make it the candidate.
 
     folder: the bundle.  test: the frozen test part, whose predictions are reproduced from the registered version.
-    about: the text on the version's page.
+    about: the text on the version's page.  examples: texts that it is to answer besides.
 
     Raises RegistryError when they are not, or MLflow refuses; the earlier candidate then still stands.
     """
@@ -79,7 +86,7 @@ def register(
         )
     version = Version(name, str(made.version), "", 0, tags)
     try:
-        _prove(tracking, version.address, test, folder)
+        said = _prove(tracking, version.address, test, folder, examples)
         with calls(tracking.uri):
             uri = artifact_uri(tracking, name, version.number)
             size = _measure(uri)
@@ -89,7 +96,7 @@ def register(
     except BaseException:
         _take_back(tracking, version, earlier)
         raise
-    return Version(name, version.number, uri, size, {**tags, "state": "proven"})
+    return Version(name, version.number, uri, size, {**tags, "state": "proven"}, said)
 
 
 def _make_candidate(tracking: Tracking, version: Version) -> None:
@@ -121,8 +128,9 @@ def _take_back(tracking: Tracking, version: Version, earlier: Version | None) ->
         log.warning("version %s of %s could not be taken back: %s", version.number, version.name, error)
 
 
-def _prove(tracking: Tracking, version: str, test: Dataset, folder: Path) -> None:
-    """Raise RegistryError unless a fresh process gives the job's own test probabilities.
+def _prove(tracking: Tracking, version: str, test: Dataset, folder: Path, examples: Sequence[str]) -> str:
+    """What the version answers to the examples. Raises RegistryError unless a fresh process gives the job's own test
+    probabilities.
 
     A second process is asked before a version is taken back: on a shared CPU one in some dozens of runs was seen to
     round differently by 1e-5 and not again, while a version that is wrong stays wrong.
@@ -135,10 +143,10 @@ def _prove(tracking: Tracking, version: str, test: Dataset, folder: Path) -> Non
     rows = np.unique(np.linspace(0, len(test) - 1, ROWS).round().astype(int))
     gaps = []
     for _ in range(2):
-        found = score(tracking, version, test.select(rows), labels)
+        found, said = examined(tracking, version, test.select(rows), labels, examples)
         gaps.append(float(np.abs(found - predicted[rows]).max()))
         if gaps[-1] <= TOLERANCE:
-            return
+            return said
     raise RegistryError(
         f"the job's own test probabilities to {TOLERANCE:g}",
         f"gaps of {' and '.join(f'{gap:.2g}' for gap in gaps)} in two processes",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,16 @@ SCORE = CODE / "serving" / "score.py"
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version. `size` is what its artifact takes in the store, bytes."""
+    """A registered version. `size` is what its artifact takes in the store, bytes. `said`: what it answered to example
+    texts when it was proven, as its command line prints it.
+    """
 
     name: str
     number: str
     uri: str
     size: int
     tags: Mapping[str, str]
+    said: str = field(default="", compare=False)
 
     @property
     def address(self) -> str:
@@ -158,6 +161,13 @@ def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ..
 
     A label that the version does not know gets probability 0. Raises RegistryError when it cannot be loaded.
     """
+    return examined(tracking, version, rows, labels, ())[0]
+
+
+def examined(
+    tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ...], texts: Sequence[str]
+) -> tuple[npt.NDArray[np.float32], str]:
+    """The same, and what the version's command line prints of some texts: to load it a second time takes seconds."""
     from safetensors import safe_open
 
     with tempfile.TemporaryDirectory() as folder:
@@ -165,6 +175,7 @@ def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ..
         rows.to_parquet(table)
         # As a file, and elsewhere: nothing of this checkout is imported before the version brings its own code.
         command = ["-P", str(SCORE), version, "--rows", str(table), "--out", str(out)]
+        command += ["--text", *texts] if texts else []
         done = forks.run(command, {**os.environ, "MLFLOW_TRACKING_URI": tracking.uri}, folder)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -179,7 +190,7 @@ def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ..
     for column, name in enumerate(labels):
         if name in known:
             answer[:, column] = found[:, known.index(name)]
-    return answer
+    return answer, done.stdout
 
 
 def artifact_uri(tracking: Tracking, name: str, number: str) -> str:

@@ -29,11 +29,12 @@ SETTINGS = {
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m components.serving.score", description="Use a registered version.")
     parser.add_argument("version", help="models:/NAME@ALIAS or models:/NAME/VERSION")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", nargs="+", help="texts to classify")
-    what.add_argument("--rows", type=Path, help="Parquet file with column text and, for pairs, text_pair")
+    parser.add_argument("--text", nargs="+", help="texts to classify")
+    parser.add_argument("--rows", type=Path, help="Parquet file with column text and, for pairs, text_pair")
     parser.add_argument("--out", type=Path, help="with --rows: where probabilities go (safetensors)")
     options = parser.parse_args(arguments)
+    if not (options.text or options.rows):
+        parser.error("--text or --rows is needed")
     if options.rows and not options.out:
         parser.error("--rows needs --out")
     if not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         model = load(options.version)
         if options.text:
             print(model.predict(options.text).to_string(index=False, float_format="{:.3f}".format))
-        else:
+        if options.rows:
             _score(model, options.rows, options.out)
     except Exception as error:  # noqa: BLE001  # the version's errors say all in a line; others may quote a text
         if hasattr(error, "todo"):

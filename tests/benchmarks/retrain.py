@@ -52,8 +52,7 @@ SETTINGS = {
     "report": {"examples": ["a good day", "a cold night"]},
 }
 STEPS = ("fetch", "plan", "up_to_date", "check", "validate", "split", "register")
-NAMES = {"up_to_date": "up to date?", "validate": "validation", "side_by_side": "jobs", "register": "registration",
-         "_closing": "predictions for the screen"}  # fmt: skip
+NAMES = {"up_to_date": "up to date?", "validate": "validation", "side_by_side": "jobs", "register": "registration"}
 
 
 @dataclass
@@ -147,7 +146,6 @@ def measure(configuration: str) -> tuple[int, Measured]:
         watched(steps, name)
     watched(judging, "gate")
     watched(retrain, "side_by_side")
-    watched(command, "_closing")
     jobs.run = _watching_jobs(jobs.run, forks, measured)  # type: ignore[assignment]
     code = command.main(retrain.retrain, ["--config", configuration])
     measured.libraries = sum(
@@ -250,8 +248,10 @@ def main() -> int:
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps({"rows": options.rows, "cores": os.cpu_count(), "runs": found}, indent=2))
     for title, run in found.items():
-        jobs = {role: Job(*(Part(**job[when]) for when in ("start", "training", "end")), job["cache_seconds"])
-                for role, job in run["jobs"].items()}  # fmt: skip
+        jobs = {
+            role: Job(*(Part(**job[when]) for when in ("start", "training", "end")), job["cache_seconds"])
+            for role, job in run["jobs"].items()
+        }
         parts = {part: Part(**seconds) for part, seconds in run["parts"].items()}
         measured = Measured(parts, jobs, run["libraries"], Part(**run["total"]))
         print(f"\n{title}, {options.rows:,} rows, {os.cpu_count()} cores\n\n{table(measured)}")  # noqa: T201
