@@ -96,13 +96,13 @@ class SubLayer:
         made = self.inner[1](made)
         return made  # type: ignore[no-any-return]  # a module's output
 
-    def ended(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """What the next sub-layer reads. h, x: (tokens, hidden)."""
-        h, x = h.unsqueeze(0), x.to(h.dtype).unsqueeze(0)
+    def ended(self, h: torch.Tensor, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """What the next sub-layer reads. h, x: (tokens or rows, hidden)."""
+        h, x = packing.apart(h), packing.apart(x.to(h.dtype))
         if isinstance(self.end.dropout, Site):
             self.end.dropout.stream.x = x
         made: torch.Tensor = self.end.LayerNorm(self.end.dropout(h) + x)
-        return made.squeeze(0)
+        return made.flatten(0, 1)
 
 
 class Encoder:
@@ -155,6 +155,12 @@ class Encoder:
         return {module for each in self.sublayers if each.frozen for module in each.modules}
 
     @property
+    def packs(self) -> bool | None:
+        """As `Packing.of` wants it: adapters that rows pass by must know the rows."""
+        parts = (each for each in self._encoder.modules() if isinstance(each, Bottleneck))
+        return False if any(each.config.stochastic_depth for each in parts) else None
+
+    @property
     def draws(self) -> bool:
         """Is anything left to chance while the layers learn?"""
         return any(map(_draws, self._encoder.modules()))
@@ -195,7 +201,7 @@ class Encoder:
         *h, x = states
         begin = self.cut.sublayer
         if h:
-            x, begin = self.sublayers[begin].ended(h[0], x), begin + 1
+            x, begin = self.sublayers[begin].ended(h[0], x, packing), begin + 1
         return self._through(self.sublayers[begin:], x, packing)
 
     def _trunk(self, x: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
@@ -209,7 +215,7 @@ class Encoder:
     def _through(self, sublayers: Sequence[SubLayer], x: torch.Tensor, packing: Packing) -> torch.Tensor:
         for each in sublayers:
             h = each.h(x, packing, self._fused(packing))
-            x = each.ended(h, x[packing.firsts] if each.first else x)
+            x = each.ended(h, x[packing.firsts] if each.first else x, packing)
         return x
 
     def _fused(self, packing: Packing) -> bool:

@@ -67,6 +67,11 @@ class Packing:
         """As scaled_dot_product_attention takes it: True where a token may be looked at."""
         return None if self.mask is None else self.mask == 0
 
+    def apart(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens or rows, n) as (rows, tokens of each, n), where all rows have as many; else (1, tokens, n)."""
+        told = self.packed is None or len(x) == self.rows
+        return x.view(self.rows if told else 1, -1, x.shape[-1])
+
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, n) as (rows, width, n)."""
         if self.packed is None:

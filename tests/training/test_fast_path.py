@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from components import base_model
+from components.adapters.bottleneck import Bottleneck
 from components.adapters.methods import peft_config
 from components.adapters.parameters import training_mode
 from components.config import BaseConfig, LearningRates, Schedule, TrainingConfig
@@ -152,10 +152,36 @@ def test_so_they_do_when_rows_are_packed(
     base = base_of("bert")
     tokens = tokens_of(base)
     plain = losses(model_of(base, method), tokens, None)
-    monkeypatch.setattr("components.training.trunk.Packing.of", partial(Packing.of, packed=True))
-    assert Packing.of(tokens.lengths, torch.float32, CPU).packed
+    monkeypatch.setattr(Encoder, "packs", True)
+    assert Packing.of(tokens.lengths, torch.float32, CPU, packed=True).packed
     for means in (Means(), Means(cache, "base")):
         assert losses(model_of(base, method), tokens, means) == pytest.approx(plain, abs=1e-4)
+
+
+def test_rows_that_pass_an_adapter_by_do_so_one_by_one(
+    base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stochastic depth: of a batch some rows are changed, some not, also in the last layer, where a row is a token."""
+    base, rows = base_of("bert"), np.arange(16)
+    model = model_of(base, "pfeiffer", stochastic_depth=0.5)
+    training_mode(model)
+    encoder = Encoder(model, torch.float32, plain_until=64)
+    assert encoder.packs is False
+    kept: list[torch.Tensor] = []
+    original = Bottleneck._by_rows
+
+    def watched(self: Bottleneck, up: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        found = original(self, up + 1)
+        kept.append(found.flatten(1).any(1))
+        return found
+
+    monkeypatch.setattr(Bottleneck, "_by_rows", watched)
+    trunk = passes.Trunk(encoder, tokens_of(base), 0, CPU, Precision(CPU, low=False))
+    with encoder.in_place():
+        AboveTrunk(trunk, passes.Crew(1)).logits(rows)
+    assert len(kept) == 3
+    assert all(len(each) == len(rows) and 0 < each.sum() < len(rows) for each in kept)
 
 
 @pytest.mark.parametrize("method", KNOWN)
