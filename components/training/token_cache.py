@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from components import cache, digest, disk
+from components.errors import StorageError
 from components.training.batching import Ragged, Tokens
 
 FOLDER = "tokens"
@@ -26,9 +27,13 @@ LIBRARIES = ("tokenizers", "transformers")
 
 def kept(about: list[str | int], make: Callable[[], Tokens]) -> Tokens:
     """The tokens that `make` makes, from the cache if they are there. about: all that they follow from."""
+    try:
+        folder = cache.folder() / FOLDER
+    except StorageError:  # in a container without one, say
+        return make()
     versions = [metadata.version(name) for name in LIBRARIES]
     name = digest.of_json([*about, *versions, digest.of_code(*CODE)])
-    path = cache.folder() / FOLDER / f"{name}{ENDING}"
+    path = folder / f"{name}{ENDING}"
     found = _read(path)
     if found is None:
         found = make()

@@ -102,6 +102,13 @@ def test_a_full_disk_keeps_nothing_and_fails_nothing(tokens: Tokens, monkeypatch
     assert files() == []
 
 
+def test_without_a_cache_folder_nothing_is_kept_and_nothing_fails(
+    tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADAPTERLINE_CACHE", "/proc/nobody/writes/here")
+    assert token_cache.kept(ABOUT, lambda: tokens) is tokens
+
+
 def test_others_cannot_read_them(tokens: Tokens) -> None:
     token_cache.kept(ABOUT, lambda: tokens)
     assert (cache.folder() / token_cache.FOLDER).stat().st_mode & 0o077 == 0
