@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from components.errors import StorageError
 
@@ -22,6 +26,19 @@ def folder() -> Path:
     if not writable:
         raise StorageError(f"a cache folder to write in at {path}", "none", "set ADAPTERLINE_CACHE to another")
     return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file for its user alone, that has its name once the block has ended well; otherwise nothing is left of it."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".new", delete=False)  # noqa: SIM115  # closed below
+    try:
+        with file:
+            yield file  # type: ignore[misc]  # a wrapper of one
+        Path(file.name).replace(path)
+    finally:
+        Path(file.name).unlink(missing_ok=True)
 
 
 def _default() -> str:

@@ -150,7 +150,10 @@ def _age(seconds: float) -> str:
 
 
 def _days(text: str) -> float:
-    days = float(text)
+    try:
+        days = float(text)
+    except ValueError:
+        days = 0.0
     if not SHORTEST <= days < float("inf"):  # what runs has to have had the time to say what it needs
         raise argparse.ArgumentTypeError(f"expected a number of days, at least {SHORTEST:g}; found {text}")
     return days

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from components.adapters.bottleneck import Bottleneck
 from components.adapters.layer import Site
 from components.adapters.parameters import is_adapted
 from components.training.frozen import ACTIVATIONS, Attention, FeedForward
-from components.training.packing import Packing
+from components.training.packing import Packing, takes_packed
 
 # Families with the modules of BERT, whose heads read the first token.
 FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
@@ -154,11 +155,14 @@ class Encoder:
         """Modules of the model that are not called while this encoder is in place."""
         return {module for each in self.sublayers if each.frozen for module in each.modules}
 
-    @property
-    def packs(self) -> bool | None:
-        """As `Packing.of` wants it: adapters that rows pass by must know the rows."""
+    @cached_property
+    def packs(self) -> bool:
+        """Do rows lie packed? Not where adapters that rows pass by must know the rows."""
+        config = self._encoder.config
         parts = (each for each in self._encoder.modules() if isinstance(each, Bottleneck))
-        return False if any(each.config.stochastic_depth for each in parts) else None
+        return takes_packed(
+            self.model.device, self.dtype, config.hidden_size // config.num_attention_heads
+        ) and not any(each.config.stochastic_depth for each in parts)
 
     @property
     def draws(self) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -77,7 +76,8 @@ def chosen(device: torch.device, shape: Shape, precisions: tuple[torch.dtype, ..
         return Kernels(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):  # not there yet, or damaged: measured again
         measured = measure(device, shape, precisions)
-    _write(path, asdict(measured))
+    with cache.writing(path) as file:
+        file.write(json.dumps(asdict(measured)).encode())
     return measured
 
 
@@ -176,10 +176,3 @@ def _seconds(run: Callable[[], Any]) -> float:
         run()
         taken.append(time.perf_counter() - begin)
     return min(taken)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(content, file)
-    Path(file.name).replace(path)

@@ -36,14 +36,12 @@ class Packing:
     packed: Packed | None
 
     @staticmethod
-    def of(
-        lengths: npt.NDArray[np.int64], dtype: torch.dtype, device: torch.device, packed: bool | None = None
-    ) -> Packing:
-        """lengths: (rows,).  packed: by default, whether fused attention takes packed rows there."""
+    def of(lengths: npt.NDArray[np.int64], dtype: torch.dtype, device: torch.device, packed: bool = False) -> Packing:
+        """lengths: (rows,)."""
         rows, column = len(lengths), np.arange(width(lengths, dtype))
         there = column < lengths[:, None]
         tokens, starts, places = there.size, np.arange(rows) * len(column), None
-        if packed or (packed is None and device.type == "cuda" and dtype == torch.bfloat16):
+        if packed:
             starts, total = np.cumsum(lengths) - lengths, int(lengths.sum())
             tokens = -(-(total + 1) // FILLING) * FILLING  # one at least, which is what all that is no token looks like
             spread = np.where(there, starts[:, None] + column, tokens - 1)
@@ -90,14 +88,24 @@ class Packing:
 
 @dataclass(frozen=True)
 class Packed:
-    """spread: (rows · width,), which packed token is at each place.  packed: (all rows' tokens,), at which place each
-    is.  bounds: (rows + 2,), where each row begins, and the filling, and where all ends.  longest: of these.
+    """there: (rows · width,), which token is at each place when they are spread.  back: (all rows' tokens,), at which
+    place each is.  bounds: (rows + 2,), where each row begins, and the filling, and where all ends.  longest: of these.
     """
 
-    spread: torch.Tensor
-    packed: torch.Tensor
+    there: torch.Tensor
+    back: torch.Tensor
     bounds: torch.Tensor
     longest: int
+
+
+def takes_packed(device: torch.device, dtype: torch.dtype, head: int) -> bool:
+    """Does torch's fused attention take packed rows there? FlashAttention does, for GPUs from Ampere on, in few bits.
+
+    head: features of one.
+    """
+    if device.type != "cuda" or torch.version.hip or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0) and head % 8 == 0 and head <= 256
 
 
 def width(lengths: npt.NDArray[np.int64], dtype: torch.dtype) -> int:
@@ -110,7 +118,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         ctx.packed, ctx.tokens = packed, len(x)
-        return x.index_select(0, packed.spread)
+        return x.index_select(0, packed.there)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -125,10 +133,10 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return grad.index_select(0, ctx.packed.spread), None, None
+        return grad.index_select(0, ctx.packed.there), None, None
 
 
 def _pack(x: torch.Tensor, packed: Packed, tokens: int) -> torch.Tensor:
     made = x.new_zeros(tokens, x.shape[1])
-    made[: len(packed.packed)] = x.index_select(0, packed.packed)
+    made[: len(packed.back)] = x.index_select(0, packed.back)
     return made

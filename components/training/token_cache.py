@@ -6,15 +6,15 @@ CACHE/tokens/DIGEST.arrow     ids, [types], labels and cut of one part of a spli
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from components import cache, digest, disk
+from components import cache, digest
 from components.errors import StorageError
 from components.training.batching import Ragged, Tokens
 
@@ -59,22 +59,13 @@ def _read(path: Path) -> Tokens | None:
 
 
 def _write(path: Path, tokens: Tokens) -> None:
-    """Where there is no room on the disk, nothing is kept, and nothing fails."""
+    """Where nothing can be written, nothing is kept, and nothing fails."""
     columns = {"ids": _lists(tokens.ids), "labels": tokens.labels, "cut": tokens.cut}
     if tokens.types is not None:
         columns["types"] = _lists(tokens.types)
     table = pa.table(columns)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".new", delete=False)  # noqa: SIM115  # closed below
-    try:
-        with file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
-        Path(file.name).replace(path)
-    except OSError as error:
-        if not disk.full(error):
-            raise
-    finally:
-        Path(file.name).unlink(missing_ok=True)
+    with suppress(OSError), cache.writing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _lists(rows: Sequence[Any]) -> pa.Array:

@@ -36,7 +36,7 @@ class Trunk:
     ) -> None:
         """padding: id of the padding token."""
         self.encoder, self.precision, self.lengths = encoder, precision, tokens.lengths
-        self._tokens, self._padding, self._device, self._packs = tokens, padding, device, encoder.packs
+        self._tokens, self._padding, self._device = tokens, padding, device
         self._store: Store | None = None
         self.is_kept = False  # or was to be, without room for it
 
@@ -65,7 +65,7 @@ class Trunk:
 
     def states(self, rows: npt.NDArray[np.int64]) -> tuple[list[torch.Tensor], Packing]:
         """As many as the cut has, (tokens or rows, hidden) each, and how rows lie in them."""
-        packing = self._packing(rows)
+        packing = self.packing(rows)
         if self._store is None:
             return self.computed(rows, packing), packing
         found = self._store.read(rows, *self._places(packing))
@@ -79,12 +79,12 @@ class Trunk:
             return self.encoder.states(packing, inputs)
 
     def _put(self, store: Store, rows: npt.NDArray[np.int64]) -> None:
-        packing = self._packing(rows)
+        packing = self.packing(rows)
         starts, _ = self._places(packing)
         store.write(rows, starts, [each.cpu() for each in self.computed(rows, packing)])
 
-    def _packing(self, rows: npt.NDArray[np.int64]) -> Packing:
-        return Packing.of(self.lengths[rows], self.encoder.dtype, self._device, self._packs)
+    def packing(self, rows: npt.NDArray[np.int64]) -> Packing:
+        return Packing.of(self.lengths[rows], self.encoder.dtype, self._device, self.encoder.packs)
 
     def _places(self, packing: Packing) -> tuple[npt.NDArray[np.int64], int]:
         """Where rows start in states, and how many tokens there are."""

@@ -13,7 +13,6 @@ import errno
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from components import disk
+from components import cache, disk
 
 Rows = npt.NDArray[np.int64]
 
@@ -107,7 +106,11 @@ class TrunkCache:
                 if size > SHARE * shutil.disk_usage(self._folder).free:
                     return None
                 try:
-                    _write(path, size, lambda file: fill(store(file)))
+                    with cache.writing(path) as written:
+                        # A disk that is full says so before anything is computed.
+                        os.posix_fallocate(written.fileno(), 0, size)
+                        fill(store(written))
+                        os.fsync(written.fileno())
                 except OSError as error:
                     if disk.full(error):
                         return None
@@ -143,19 +146,6 @@ def _whole(path: Path, size: int) -> BinaryIO | None:
         return file
     file.close()
     return None
-
-
-def _write(path: Path, size: int, fill: Callable[[BinaryIO], None]) -> None:
-    """A file that has its name only once all is in it, and on the disk."""
-    file = tempfile.NamedTemporaryFile(dir=path.parent, suffix=".new", delete=False)  # noqa: SIM115  # closed below
-    try:
-        with file:
-            os.posix_fallocate(file.fileno(), 0, size)  # a disk that is full says so before anything is computed
-            fill(file)  # type: ignore[arg-type]  # a wrapper of one
-            os.fsync(file.fileno())
-        Path(file.name).replace(path)
-    finally:
-        Path(file.name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -70,9 +70,10 @@ def test_what_is_younger_than_asked_for_stays(
 
 
 @pytest.mark.parametrize("days", ["-1", "0", "inf", "nan", "soon"])
-def test_days_are_a_number(arguments: list[str], days: str) -> None:
+def test_days_are_a_number(arguments: list[str], days: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tidy.main([*arguments, f"--older-than={days}"])
+    assert f"expected a number of days, at least {tidy.SHORTEST:g}; found {days}" in capsys.readouterr().err
 
 
 def test_jobs_stay_while_prefect_does_not_answer(

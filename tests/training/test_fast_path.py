@@ -20,7 +20,6 @@ from components.methods import settings_of
 from components.training import loop, passes
 from components.training.batching import Tokens, collate, tokenise, training_batches
 from components.training.encoder import Encoder
-from components.training.packing import Packing
 from components.training.passes import AboveTrunk, Means
 from components.training.precision import Precision
 from components.training.trunk_cache import TrunkCache
@@ -152,8 +151,9 @@ def test_so_they_do_when_rows_are_packed(
     base = base_of("bert")
     tokens = tokens_of(base)
     plain = losses(model_of(base, method), tokens, None)
-    monkeypatch.setattr(Encoder, "packs", True)
-    assert Packing.of(tokens.lengths, torch.float32, CPU, packed=True).packed
+    monkeypatch.setattr("components.training.encoder.takes_packed", lambda *_: True)
+    trunk = passes.Trunk(Encoder(model_of(base, method), torch.float32, 0), tokens, 0, CPU, Precision(CPU, low=False))
+    assert trunk.packing(np.arange(3)).packed
     for means in (Means(), Means(cache, "base")):
         assert losses(model_of(base, method), tokens, means) == pytest.approx(plain, abs=1e-4)
 
@@ -163,10 +163,11 @@ def test_rows_that_pass_an_adapter_by_do_so_one_by_one(
 ) -> None:
     """Stochastic depth: of a batch some rows are changed, some not, also in the last layer, where a row is a token."""
     base, rows = base_of("bert"), np.arange(16)
+    monkeypatch.setattr("components.training.encoder.takes_packed", lambda *_: True)
     model = model_of(base, "pfeiffer", stochastic_depth=0.5)
     training_mode(model)
     encoder = Encoder(model, torch.float32, plain_until=64)
-    assert encoder.packs is False
+    assert not encoder.packs
     kept: list[torch.Tensor] = []
     original = Bottleneck._by_rows
 

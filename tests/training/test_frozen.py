@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from components.training.frozen import Attention
-from components.training.packing import Packing
+from components.training.packing import Packing, takes_packed
 
 HIDDEN, HEADS, LENGTHS = 32, 4, np.array([5, 11, 1])
 CPU = torch.device("cpu")
@@ -81,6 +81,7 @@ def test_packed_rows_follow_one_another_with_filling_behind() -> None:
 
 
 def test_on_cpus_rows_are_padded() -> None:
+    assert not takes_packed(CPU, torch.bfloat16, 32)
     packing = Packing.of(np.array([3, 1, 8]), torch.float32, CPU)
     assert packing.packed is None
     assert packing.tokens == 3 * 8
