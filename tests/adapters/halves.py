@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors.torch import save_file
 
 from tests.adapters.adapted import INPUTS, adapted
@@ -13,7 +14,8 @@ from tests.adapters.adapted import INPUTS, adapted
 
 def main(base: str, out: str, *methods: str) -> None:
     """Saves, by method, the gradients of one row, which DDP averages with those of the other processes."""
-    accelerator = Accelerator(cpu=True)
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=60))  # a step takes milliseconds
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
     row = accelerator.process_index
     for method in methods:
         model = accelerator.prepare(adapted(Path(base), method))
