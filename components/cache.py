@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,6 +39,21 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         Path(file.name).replace(path)
     finally:
         Path(file.name).unlink(missing_ok=True)
+
+
+def make_room(folder: Path, ending: str, room: int) -> None:
+    """Remove files with that ending, those used longest ago first, until the others take `room` bytes at most."""
+    found = []
+    for path in folder.glob(f"*{ending}"):
+        with suppress(FileNotFoundError):  # another job makes room, too
+            about = path.stat()
+            found.append((about.st_mtime, about.st_size, path))
+    taken = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if taken <= room:
+            return
+        taken -= size
+        path.unlink(missing_ok=True)
 
 
 def _default() -> str:

@@ -1,6 +1,8 @@
 """Token ids on disk: what one job tokenised, later ones with the same rows, tokenizer and length map into memory.
 
 CACHE/tokens/DIGEST.arrow     ids, [types], labels and cut of one part of a split, a row each
+
+All files together stay below a limit; those that were used longest ago go first, and who has them mapped keeps them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from components.training.batching import Ragged, Tokens
 
 FOLDER = "tokens"
 ENDING = ".arrow"
+LIMIT = 4 * 10**9  # bytes of all files together
 # What token ids follow from, beside texts, tokenizer and length.
 CODE = ("training/batching", "training/token_cache", "base_model")
 LIBRARIES = ("tokenizers", "transformers")
@@ -59,13 +62,17 @@ def _read(path: Path) -> Tokens | None:
 
 
 def _write(path: Path, tokens: Tokens) -> None:
-    """Where nothing can be written, nothing is kept, and nothing fails."""
+    """Where nothing can be written, or all of it is too much, nothing is kept, and nothing fails."""
     columns = {"ids": _lists(tokens.ids), "labels": tokens.labels, "cut": tokens.cut}
     if tokens.types is not None:
         columns["types"] = _lists(tokens.types)
     table = pa.table(columns)
-    with suppress(OSError), cache.writing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
+    if table.nbytes > LIMIT:
+        return
+    with suppress(OSError):
+        cache.make_room(path.parent, ENDING, LIMIT - table.nbytes)
+        with cache.writing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
+            writer.write_table(table)
 
 
 def _lists(rows: Sequence[Any]) -> pa.Array:

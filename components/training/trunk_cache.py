@@ -102,7 +102,7 @@ class TrunkCache:
         with _alone(path.with_suffix(".lock")):
             file = _whole(path, size)
             if file is None:
-                self._make_room(size)
+                cache.make_room(self._folder, ENDING, self._limit - size)
                 if size > SHARE * shutil.disk_usage(self._folder).free:
                     return None
                 try:
@@ -120,15 +120,6 @@ class TrunkCache:
                 return None
             os.utime(file.fileno())
             return store(file)
-
-    def _make_room(self, size: int) -> None:
-        files = sorted(self._folder.glob(f"*{ENDING}"), key=lambda path: path.stat().st_mtime)
-        taken = sum(path.stat().st_size for path in files)
-        for path in files:
-            if taken + size <= self._limit:
-                return
-            taken -= path.stat().st_size
-            path.unlink(missing_ok=True)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -93,6 +93,30 @@ def test_reading_makes_young(tokens: Tokens) -> None:
     assert path.stat().st_mtime > 1_000
 
 
+def test_what_was_used_longest_ago_makes_room(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
+    token_cache.kept(["old"], lambda: tokens)
+    [old] = files()
+    monkeypatch.setattr(token_cache, "LIMIT", 2 * old.stat().st_size)
+    token_cache.kept(["older"], lambda: tokens)
+    [older] = {*files()} - {old}
+    for age, path in enumerate((old, older)):
+        os.utime(path, (1000 - age, 1000 - age))
+    token_cache.kept(["new"], lambda: tokens)
+    assert len(files()) == 2
+    assert old in files()
+    assert older not in files()
+
+
+def test_what_is_larger_than_the_limit_is_not_kept_and_takes_nothing_away(
+    tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_cache.kept(["small"], lambda: tokens)
+    before = files()
+    monkeypatch.setattr(token_cache, "LIMIT", 100)
+    token_cache.kept(["large"], lambda: tokens)
+    assert files() == before
+
+
 def test_a_full_disk_keeps_nothing_and_fails_nothing(tokens: Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: Path, target: Path) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
