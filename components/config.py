@@ -6,7 +6,7 @@ Everything is checked before the first training second, and all errors of a file
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -285,8 +285,12 @@ def parse(content: dict[str, Any], origin: str, overrides: Mapping[str, Any] | N
     try:
         return RetrainConfig.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_problem(detail) for detail in error.errors())
-        raise ConfigError("valid parameters", f"{problems} (in {origin})", "correct or remove these keys") from error
+        by_place: dict[str, list[str]] = {}
+        for detail in error.errors():
+            place = "an override" if _overridden(detail["loc"], overrides or {}) else origin
+            by_place.setdefault(place, []).append(_problem(detail))
+        found = "; ".join(f"{'; '.join(problems)} (in {place})" for place, problems in by_place.items())
+        raise ConfigError("valid parameters", found, "correct or remove these keys") from error
 
 
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
@@ -296,6 +300,12 @@ def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(content, dict):
             raise ConfigError("a key inside a section", dotted, f"{parent!r} holds a value, not a section")
     content[last] = value
+
+
+def _overridden(location: tuple[str | int, ...], overrides: Iterable[str]) -> bool:
+    """Is what lies there, or around it, or in it, not from the file?"""
+    place = [str(step) for step in location]
+    return any(all(one == other for one, other in zip(place, key.split("."), strict=False)) for key in overrides)
 
 
 def _problem(detail: Any) -> str:

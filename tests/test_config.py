@@ -54,6 +54,16 @@ def test_unknown_preset_is_answered_with_those_there_are() -> None:
     assert all(name in caught.value.expected for name in NAMES)
 
 
+def test_a_wrong_key_is_said_to_be_where_it_is(tmp_path: Path) -> None:
+    content = {**LEAST, "seed": "x"}
+    found = refused(tmp_path, content, {"gate.margn": "1", "training.batch_size": "0"}).found
+    overrides, in_file = found.split(" (in an override); ")
+    assert "gate.margn" in overrides
+    assert "training.batch_size" in overrides
+    assert in_file.startswith("seed: ")
+    assert in_file.endswith(f" (in {tmp_path / 'config.yaml'})")
+
+
 def test_source_and_model_are_enough(tmp_path: Path) -> None:
     assert config.load(written(tmp_path, LEAST)) == RetrainConfig.model_validate(LEAST)
 
