@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -67,15 +68,13 @@ def score(config: ScoreConfig, models: Models, report: Callable[[Progress], None
             texts = {"text": _texts(window, config.text)}
             if config.text_pair:
                 texts["text_pair"] = _texts(window, config.text_pair)
-            missing = pc.is_null(texts["text"])
-            if config.text_pair:
-                missing = pc.or_(missing, pc.is_null(texts["text_pair"]))
+            blank = reduce(pc.or_, map(_blank, texts.values()))
             filled = pa.table({name: column.fill_null("") for name, column in texts.items()})
             found = models.answers(Dataset(filled))
             of_source = {"row": pa.array(range(done.rows, done.rows + len(window)), pa.int64())}
             if config.id:
                 of_source[config.id] = window[config.id]
-            mask = missing.to_numpy()
+            mask = blank.to_numpy()
             answers.write(pa.table({**of_source, **columns(found, models.labels, mask)}))
             rows = done.rows + len(window)
             seconds = time.monotonic() - begin
@@ -114,6 +113,13 @@ def _texts(window: pa.Table, name: str) -> Any:
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise DataError(f"texts in column {name}", f"{kind}", "name another column, or write it as text")
     return window[name]
+
+
+def _blank(texts: Any) -> Any:
+    """Where there is nothing but white space, or null: CSV cannot tell one from the other."""
+    import pyarrow.compute as pc
+
+    return pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts.fill_null(""))), 0)
 
 
 def estimated(source: str) -> int:

@@ -49,9 +49,9 @@ def scored(chosen: Models, source: Path, out: Path, **more: str) -> pa.Table:
     return pq.read_table(out) if out.suffix == ".parquet" else pyarrow.csv.read_csv(out)
 
 
-def written(folder: Path, form: str) -> Path:
+def written(folder: Path, form: str, table: pa.Table | None = None) -> Path:
     """The rows in a file of this ending; without one, in a folder of two."""
-    table, path = pa.table(ROWS), folder / f"rows.{form}"
+    table, path = table if table is not None else pa.table(ROWS), folder / f"rows.{form}"
     if form == "folder":
         path.mkdir()
         for number, part in enumerate((table.slice(0, 100), table.slice(100))):
@@ -104,13 +104,17 @@ def test_pairs(one: Models, bundle_of: Bundle, tmp_path: Path) -> None:
     assert found["probability_good"].to_numpy() == pytest.approx(expected[:, 1], abs=1e-6)
 
 
-def test_a_row_without_text_has_no_answer_and_is_counted(one: Models, expected: np.ndarray, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": [None, *TEXTS[1:99], None]}), tmp_path / "rows.parquet")
-    config = settings.parsed(models=("m",), source=str(tmp_path / "rows.parquet"), out=str(tmp_path / "out.parquet"))
-    assert score(config, one, silent).without_text == 2
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_a_row_without_text_has_no_answer_and_is_counted(
+    form: str, one: Models, expected: np.ndarray, tmp_path: Path
+) -> None:
+    texts = [None, *TEXTS[1:98], " \n", ""]
+    source = written(tmp_path, form, pa.table({"key": range(100), "text": texts}))
+    config = settings.parsed(models=("m",), source=str(source), out=str(tmp_path / "out.parquet"))
+    assert score(config, one, silent).without_text == 3
     found = pq.read_table(tmp_path / "out.parquet")
-    assert [row for row, label in enumerate(found["label"].to_pylist()) if label is None] == [0, 99]
-    assert found["probability_good"].to_numpy()[1:99] == pytest.approx(expected[1:99, 1], abs=1e-6)
+    assert [row for row, label in enumerate(found["label"].to_pylist()) if label is None] == [0, 98, 99]
+    assert found["probability_good"].to_numpy()[1:98] == pytest.approx(expected[1:98, 1], abs=1e-6)
 
 
 def test_texts_may_be_encoded_as_categories(one: Models, expected: np.ndarray, tmp_path: Path) -> None:
