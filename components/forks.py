@@ -27,7 +27,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 # What jobs and versions import first or last; what is not listed here is imported by whoever needs it.
 LIBRARIES = (
@@ -225,18 +225,37 @@ def _tell_ends(tells: dict[int, int]) -> None:
             tell.flush()
 
 
-def _become(request: Mapping[str, Any]) -> None:
-    """Run as `python ARGUMENTS` does, to the end."""
+def _become(request: Mapping[str, Any]) -> int:
+    """Run as `python ARGUMENTS` does, to the end. Returns the exit code, or raises what Python knows to tell of."""
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     kind, name, *arguments = request["arguments"]
     sys.argv = [name, *arguments]
-    if kind == "-m":
-        sys.path.insert(0, request["folder"])
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(name, run_name="__main__")
+    try:
+        if kind == "-m":
+            sys.path.insert(0, request["folder"])
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(name, run_name="__main__")
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):  # a line to print
+            raise
+        return end.code or 0
+    return 0
+
+
+def _leave(code: int) -> NoReturn:
+    """End as Python does, but leave the modules to the kernel.
+
+    Python takes them apart one by one, and each touch copies a page that is shared until then: half a second.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as multiprocessing does where it forked
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it was closed
+            stream.flush()
+    os._exit(code)
 
 
 def main() -> None:
@@ -254,7 +273,7 @@ def main() -> None:
     request = _serve(socket.socket(fileno=int(sys.argv[1])))
     if request is not None:
         signal.signal(signal.SIGINT, interrupt)
-        _become(request)
+    _leave(0 if request is None else _become(request))
 
 
 if __name__ == "__main__":

@@ -35,13 +35,13 @@ def gate(config: RetrainConfig, split: Record, baseline: Trained, adapter: Train
         parts, labels = ledger.load_parts(split.split_uri, split.split_digest, Path(folder))
     test = parts["test"]
     ours, theirs = bundle.read_predictions(adapter.folder), bundle.read_predictions(baseline.folder)
-    if not ours.rows == theirs.rows == list(test["row"]):
+    if not ours.rows == theirs.rows == test["row"][:]:
         raise BundleError("predictions for the same test rows", "different rows", "remove both bundles and train again")
     tfidf = yardstick(parts["train"], test, labels, config.seed)
     evidence = rules.Evidence(
         label_names=labels,
-        labels=np.asarray(test["label"], dtype=np.int64),
-        lengths=np.array([len(text) for text in test["text"]], dtype=np.int64),
+        labels=np.asarray(test["label"][:], dtype=np.int64),
+        lengths=np.array([len(text) for text in test["text"][:]], dtype=np.int64),
         adapter=ours.probabilities,
         baseline=theirs.probabilities,
         tfidf=tfidf.probabilities,
@@ -89,7 +89,7 @@ def _champion(config: RetrainConfig, test: Dataset, labels: tuple[str, ...], run
         found = f"version {version.number} without tag split_uri"
         raise RegistryError("a production version that this flow registered", found, "take the alias from it")
     learned = ledger.learned_rows(version.tags["split_uri"])
-    unseen = np.array([index for index, row in enumerate(test["row"]) if row not in learned], dtype=np.int64)
+    unseen = np.array([index for index, row in enumerate(test["row"][:]) if row not in learned], dtype=np.int64)
     probabilities = np.zeros((0, len(labels)), dtype=np.float32)
     if len(unseen):
         uri = f"models:/{config.model}/{version.number}"

@@ -85,6 +85,20 @@ def test_exit_codes(tmp_path: Path, code: str) -> None:
     assert forks.run(["-P", str(tmp_path / "ends.py")], os.environ).returncode == ENDINGS[code]
 
 
+def test_it_ends_as_python_does_but_takes_no_module_apart(tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text(
+        "import atexit, threading, time\n"
+        "class Global:\n"
+        "    def __del__(self): print('taken apart')\n"
+        "kept = Global()\n"
+        "atexit.register(print, 'at exit')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+        "print('main')"
+    )
+    arguments = ["-m", "ends"]
+    assert forks.run(arguments, os.environ, str(tmp_path)).stdout == "main\nthread\nat exit\n"
+
+
 def test_it_can_be_waited_for_and_ended(waiting: forks.Process) -> None:
     assert waiting.poll() is None
     with pytest.raises(subprocess.TimeoutExpired):

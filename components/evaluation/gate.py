@@ -130,14 +130,9 @@ def judge(evidence: Evidence, config: GateConfig) -> GateReport:
         _bundle_size(evidence, config),
         _against_tfidf(evidence, config, rng),
     ]
-    scores = {
-        name: _named(estimates(evidence.labels, probabilities, 0.95, config.resamples, rng), evidence.label_names)
-        for name, probabilities in (
-            ("adapter", evidence.adapter),
-            ("full fine-tuning", evidence.baseline),
-            ("TF-IDF", evidence.tfidf),
-        )
-    }
+    measured = {"adapter": evidence.adapter, "full fine-tuning": evidence.baseline, "TF-IDF": evidence.tfidf}
+    found = estimates(evidence.labels, list(measured.values()), 0.95, config.resamples, rng)
+    scores = {name: _named(each, evidence.label_names) for name, each in zip(measured, found, strict=True)}
     return GateReport(overall(rules), tuple(rules), scores)
 
 

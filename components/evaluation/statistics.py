@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -49,9 +49,38 @@ class Comparison:
 
 
 def estimates(
-    labels: npt.NDArray[np.int64], probabilities: Floats, confidence: float, resamples: int, rng: np.random.Generator
+    labels: npt.NDArray[np.int64],
+    probabilities: Sequence[Floats],
+    confidence: float,
+    resamples: int,
+    rng: np.random.Generator,
+) -> list[dict[str, Estimate]]:
+    """Of each model, every score of `metrics.measure`, and `recall_CLASS` by class number, with percentile intervals.
+
+    labels: (rows,).  probabilities: (rows, classes) of each model.  Means of losses and gaps are resampled for all
+    models at once: to draw the rows takes longer than what is then done with them.
+    """
+    columns = [
+        np.column_stack([metrics.losses(labels, each), metrics.calibration_gaps(labels, each)])
+        for each in probabilities
+    ]
+    means = np.concatenate(list(_means(np.hstack(columns), resamples, rng)))
+    parts = np.split(means, len(columns), axis=1)
+    return [
+        _estimates(labels, each, part, confidence, resamples, rng)
+        for each, part in zip(probabilities, parts, strict=True)
+    ]
+
+
+def _estimates(
+    labels: npt.NDArray[np.int64],
+    probabilities: Floats,
+    means: Floats,
+    confidence: float,
+    resamples: int,
+    rng: np.random.Generator,
 ) -> dict[str, Estimate]:
-    """Every score of `metrics.measure`, and `recall_CLASS` by class number, with percentile intervals."""
+    """means: (resamples, 1 + bins), of the losses and of each bin's calibration gaps."""
     classes = probabilities.shape[1]
     matrix = metrics.confusion(labels, probabilities.argmax(axis=1), classes)
     drawn: dict[str, list[Floats]] = {}
@@ -61,8 +90,6 @@ def estimates(
         for name, values in scores.items():
             drawn.setdefault(name, []).append(values)
     samples = {name: np.concatenate(parts) for name, parts in drawn.items()}
-    columns = np.column_stack([metrics.losses(labels, probabilities), metrics.calibration_gaps(labels, probabilities)])
-    means = np.concatenate(list(_means(columns, resamples, rng)))
     samples["log_loss"], samples["ece"] = means[:, 0], np.abs(means[:, 1:]).sum(axis=1)
     point = metrics.measure(labels, probabilities)
     point |= {f"recall_{code}": float(value) for code, value in enumerate(metrics.recalls(matrix))}

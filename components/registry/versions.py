@@ -165,9 +165,17 @@ def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ..
 
 
 def examined(
-    tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ...], texts: Sequence[str]
+    tracking: Tracking,
+    version: str,
+    rows: Dataset,
+    labels: tuple[str, ...],
+    texts: Sequence[str],
+    threads: int | None = None,
 ) -> tuple[npt.NDArray[np.float32], str]:
-    """The same, and what the version's command line prints of some texts: to load it a second time takes seconds."""
+    """The same, and what the version's command line prints of some texts: to load it a second time takes seconds.
+
+    threads: to compute with; None for as many as torch chooses.
+    """
     from safetensors import safe_open
 
     with tempfile.TemporaryDirectory() as folder:
@@ -176,6 +184,7 @@ def examined(
         # As a file, and elsewhere: nothing of this checkout is imported before the version brings its own code.
         command = ["-P", str(SCORE), version, "--rows", str(table), "--out", str(out)]
         command += ["--text", *texts] if texts else []
+        command += ["--threads", str(threads)] if threads else []
         done = forks.run(command, {**os.environ, "MLFLOW_TRACKING_URI": tracking.uri}, folder)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]

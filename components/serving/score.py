@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--text", nargs="+", help="texts to classify")
     parser.add_argument("--rows", type=Path, help="Parquet file with column text and, for pairs, text_pair")
     parser.add_argument("--out", type=Path, help="with --rows: where probabilities go (safetensors)")
+    parser.add_argument("--threads", type=int, help="threads to compute with (default: as torch chooses)")
     options = parser.parse_args(arguments)
     if not (options.text or options.rows):
         parser.error("--text or --rows is needed")
@@ -41,6 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _refuse("expected MLFLOW_TRACKING_URI; found none; set it, or run under `python -m infra.local run --`")
     try:
         model = load(options.version)
+        if options.threads:
+            import torch
+
+            torch.set_num_threads(options.threads)
         if options.text:
             print(model.predict(options.text).to_string(index=False, float_format="{:.3f}".format))
         if options.rows:
@@ -66,7 +71,8 @@ def load(version: str) -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    return mlflow.pyfunc.load_model(version)
+    # What it would warn of stays unseen, and takes half a second to look for in all that is installed.
+    return mlflow.pyfunc.load_model(version, suppress_warnings=True)
 
 
 def _score(model: Any, rows: Path, out: Path) -> None:

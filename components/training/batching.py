@@ -83,7 +83,7 @@ def tokenise(table: Dataset, tokenizer: PreTrainedTokenizerFast, max_tokens: int
             whole = tokenizer([texts[at] for at in long], text_pair=[pairs[at] for at in long] if pairs else None)
             beyond[long] = [len(row) - max_tokens for row in whole["input_ids"]]
         cut.append(beyond)
-    labels = np.asarray(table["label"] if "label" in table.column_names else [0] * len(table), dtype=np.int64)
+    labels = np.asarray(table["label"][:] if "label" in table.column_names else [0] * len(table), dtype=np.int64)
     return Tokens(
         Ragged(ids), Ragged(types) if types else None, labels, np.concatenate([np.zeros(0, dtype=np.int64), *cut])
     )

@@ -50,7 +50,14 @@ class SubLayer:
     """h of x, and its end."""
 
     def __init__(
-        self, layer: nn.Module, kind: str, last: bool, dtype: torch.dtype, heads: int, activation: str
+        self,
+        layer: nn.Module,
+        kind: str,
+        last: bool,
+        dtype: torch.dtype,
+        heads: int,
+        activation: str,
+        at_rest: bool,
     ) -> None:
         self.layer, self.kind, self.last = layer, kind, last
         self.end: Any = layer.get_submodule("attention.output" if kind == "attention" else "output")
@@ -59,7 +66,8 @@ class SubLayer:
         self.inner = [layer.get_submodule("attention.self" if kind == "attention" else "intermediate"), modules[-1]]
         self.frozen: Attention | FeedForward | None = None
         self.modules = modules
-        if all(type(each) is nn.Linear and each.bias is not None and not _learns(each) for each in modules):
+        plain = all(type(each) is nn.Linear and each.bias is not None for each in modules)
+        if plain and (at_rest or not any(map(_learns, modules))):
             if kind == "attention":
                 query, key, value, out = modules
                 self.frozen = Attention(query, key, value, out, heads, dtype)
@@ -109,14 +117,16 @@ class SubLayer:
 class Encoder:
     """The layers of one model, with matrices kept in `dtype`."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, plain_until: int) -> None:
-        """plain_until: rows of at most so many tokens attend by plain products, others by torch's fused attention."""
+    def __init__(self, model: Any, dtype: torch.dtype, plain_until: int = 0, at_rest: bool = False) -> None:
+        """plain_until: rows of at most so many tokens attend by plain products, others by torch's fused attention.
+        at_rest: nothing learns for as long as this encoder is used, whatever may do so otherwise.
+        """
         self.model, self.plain_until, self.dtype = model, plain_until, dtype
-        base = model.base_model.model
+        base = _classifier(model)
         self._encoder = base.base_model.encoder
         layers, config = list(self._encoder.layer), base.config
         self.sublayers = [
-            SubLayer(layer, kind, layer is layers[-1], dtype, config.num_attention_heads, config.hidden_act)
+            SubLayer(layer, kind, layer is layers[-1], dtype, config.num_attention_heads, config.hidden_act, at_rest)
             for layer in layers
             for kind in ("attention", "output")
         ]
@@ -126,20 +136,22 @@ class Encoder:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Is this an adapted classifier whose layers are known here?"""
-        if not is_adapted(model) or not hasattr(model, "base_model"):
-            return False
-        base: Any = getattr(model.base_model, "model", None)
+        """Is this an adapted classifier that learns nothing but what is known here?"""
+        return is_adapted(model) and Encoder.knows(model) and not _learns(_classifier(model).base_model.embeddings)
+
+    @staticmethod
+    def knows(model: Any) -> bool:
+        """Is this a classifier, adapted or not, whose layers are known here?"""
+        base = _classifier(model)
         config: Any = getattr(base, "config", None)
         if getattr(config, "model_type", None) not in FAMILIES or getattr(config, "is_decoder", False):
             return False
-        own = list(model.peft_config.values())
+        own = list(model.peft_config.values()) if is_adapted(model) else []
         return (
             type(base).__name__.endswith("ForSequenceClassification")
             and config._attn_implementation == "sdpa"  # no prefixes
             and not any(each.is_prompt_learning or getattr(each, "use_gating", False) for each in own)
             and not any(vars(module).get("gradient_checkpointing") for module in base.modules())
-            and not _learns(base.base_model.embeddings)
         )
 
     def _find_cut(self) -> Cut:
@@ -185,6 +197,15 @@ class Encoder:
         """What the head makes of the first tokens that `tails` makes, (rows, hidden)."""
         nothing = torch.zeros(rows, 1, dtype=torch.int64, device=self.model.device)
         logits: torch.Tensor = self._instead(lambda x: tails().unsqueeze(1), input_ids=nothing).logits
+        return logits
+
+    def whole(self, packing: Packing, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What the head makes of the first tokens when all layers are computed at once, (rows, classes)."""
+
+        def layers(x: torch.Tensor) -> torch.Tensor:
+            return self._through(self.sublayers, packing.pack(x.to(self.dtype)), packing).unsqueeze(1)
+
+        logits: torch.Tensor = self._instead(layers, **inputs).logits
         return logits
 
     def states(self, packing: Packing, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -238,6 +259,11 @@ class Encoder:
         if layers is None:
             return self._layers(hidden_states, *args, **kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=layers(hidden_states))
+
+
+def _classifier(model: Any) -> Any:
+    """The model that PEFT has put adapters into, or one without any."""
+    return getattr(model.base_model, "model", None) if is_adapted(model) else model
 
 
 def _learns(module: nn.Module) -> bool:

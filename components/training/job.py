@@ -185,7 +185,7 @@ def _learn(
     trained = sum(parameter.numel() for parameter in learner.trained.values())
     beside = finishing.finish(spec, model, tokens, padding, device)
     probabilities = loop.predict(model, tokens["test"], padding, device, group)
-    predictions = bundle.Predictions(list(parts["test"]["row"]), tokens["test"].labels, probabilities)
+    predictions = bundle.Predictions(parts["test"]["row"][:], tokens["test"].labels, probabilities)
 
     def finish() -> bundle.Manifest:
         measured = {**_metrics(spec, state, tokens, predictions, trained, device), **beside}

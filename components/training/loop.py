@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,10 +23,10 @@ from components.errors import TrainingError
 from components.evaluation import metrics
 from components.methods import Schedule
 from components.training import crew
-from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate, parts, training_batches
+from components.training.batching import AT_ONCE, Tokens, bounded_batches, parts, training_batches
 from components.training.distributed import ALONE, Group
 from components.training.kernels import shape_of
-from components.training.passes import MODEST, Means, Passes, passes
+from components.training.passes import MODEST, Means, Pass, Passes, at_rest, passes
 from components.training.precision import arithmetic
 from components.training.progress import Meter, Progress
 from components.training.watch import Watch
@@ -237,15 +238,15 @@ def predict(
     """
     model.eval()
     result = np.zeros((len(tokens.ids), model.config.num_labels), dtype=np.float32)
+    check = through.check if through else None
 
-    def score(rows: npt.NDArray[np.int64]) -> None:
+    def score(way: Pass, rows: npt.NDArray[np.int64]) -> None:
         with torch.inference_mode():
-            check = through.check if through else None
-            logits = check.logits(rows) if check else model(**collate(tokens, rows, padding, device)).logits
-            result[rows] = torch.softmax(logits.float(), dim=-1).cpu().numpy()
+            result[rows] = torch.softmax(way.logits(rows).float(), dim=-1).cpu().numpy()
 
     batches = group.turns(bounded_batches(tokens.lengths, AT_ONCE[device.type]))
-    (through.crew if through else crew.ALONE).each([partial(score, rows) for rows in batches])
+    with nullcontext(check) if check else at_rest(model, tokens, padding, device, len(batches)) as way:
+        (through.crew if through else crew.ALONE).each([partial(score, way, rows) for rows in batches])
     return group.total(result)
 
 

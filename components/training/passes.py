@@ -18,7 +18,7 @@ from components.training.batching import LEARNED_AT_ONCE, Tokens, collate
 from components.training.compiled import Compiled
 from components.training.crew import ALONE, Crew, shares
 from components.training.encoder import Encoder
-from components.training.packing import width
+from components.training.packing import Packing, width
 from components.training.precision import Precision
 from components.training.trunk import Trunk
 from components.training.trunk_cache import TrunkCache
@@ -84,6 +84,31 @@ class AboveTrunk:
     def _tail(self, rows: Rows) -> torch.Tensor:
         with self._precision.autocast():
             return self._encoder.tail(*self.trunk.states(rows))
+
+
+class AtRest:
+    """Every layer of every row, in float32, while nothing learns; of the last one only what the head reads."""
+
+    def __init__(self, encoder: Encoder, tokens: Tokens, padding: int, device: torch.device) -> None:
+        """encoder: made for a model at rest, and in its place there."""
+        self._encoder, self._lengths = encoder, tokens.lengths
+        self._tokens, self._padding, self._device = tokens, padding, device
+
+    def logits(self, rows: Rows) -> torch.Tensor:
+        packing = Packing.of(self._lengths[rows], torch.float32, self._device)
+        return self._encoder.whole(packing, collate(self._tokens, rows, self._padding, self._device))
+
+
+@contextmanager
+def at_rest(model: Any, tokens: Tokens, padding: int, device: torch.device, batches: int) -> Iterator[Pass]:
+    """How so many batches go through the model in float32 while nothing learns. model: in evaluation mode."""
+    # A single batch is computed before its matrices are laid together.
+    if batches < 2 or not Encoder.knows(model):
+        yield Whole(model, tokens, padding, device, Precision(device, low=False), compile=False)
+        return
+    encoder = Encoder(model, torch.float32, at_rest=True)
+    with encoder.in_place():
+        yield AtRest(encoder, tokens, padding, device)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from components.evaluation import metrics
-from components.evaluation.statistics import NORMAL_FROM, Comparison, estimates, non_inferiority
+from components.evaluation.statistics import NORMAL_FROM, Comparison, Estimate, estimates, non_inferiority
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -26,14 +26,18 @@ def sample(rng: np.random.Generator, rows: int) -> tuple[Ints, Floats]:
     return labels, found
 
 
+def of_one(labels: Ints, found: Floats, resamples: int, rng: np.random.Generator) -> dict[str, Estimate]:
+    return estimates(labels, [found], 0.95, resamples, rng)[0]
+
+
 @pytest.mark.parametrize("name", ["accuracy", "log_loss", "recall_1", "macro_f1"])
 def test_intervals_cover_the_truth_as_often_as_they_say(name: str) -> None:
     rng = np.random.default_rng(0)
-    truth = estimates(*sample(rng, 400_000), 0.95, 1_000, rng)[name].value
+    truth = of_one(*sample(rng, 400_000), 1_000, rng)[name].value
     trials = 150
     covered = 0
     for _ in range(trials):
-        found = estimates(*sample(rng, 150), 0.95, 500, rng)[name]
+        found = of_one(*sample(rng, 150), 500, rng)[name]
         covered += found.low <= truth <= found.high
     assert 0.87 <= covered / trials <= 0.995
 
@@ -49,7 +53,7 @@ def naive(labels: Ints, found: Floats, score: Callable[[Ints, Floats], float], r
 def test_multinomial_resampling_is_resampling_of_rows(name: str) -> None:
     labels, found = sample(np.random.default_rng(2), 120)
     slow = naive(labels, found, lambda rows, shares: metrics.measure(rows, shares)[name], 3_000)
-    fast = estimates(labels, found, 0.95, 20_000, np.random.default_rng(3))[name]
+    fast = of_one(labels, found, 20_000, np.random.default_rng(3))[name]
     low, high = np.quantile(slow, [0.025, 0.975])
     width = high - low
     if name == "ece":  # its resamples are reflected at the estimate, for they lie above it
@@ -59,15 +63,26 @@ def test_multinomial_resampling_is_resampling_of_rows(name: str) -> None:
 
 def test_estimates_carry_the_measured_values() -> None:
     labels, found = sample(np.random.default_rng(4), 300)
-    values = {name: e.value for name, e in estimates(labels, found, 0.95, 1_000, np.random.default_rng(0)).items()}
+    values = {name: e.value for name, e in of_one(labels, found, 1_000, np.random.default_rng(0)).items()}
     recalls = metrics.recalls(metrics.confusion(labels, found.argmax(axis=1), 2))
     assert values == {**metrics.measure(labels, found), "recall_0": recalls[0], "recall_1": recalls[1]}
+
+
+def test_models_are_measured_on_the_same_resamples_and_each_by_itself() -> None:
+    labels, found = sample(np.random.default_rng(6), 300)
+    rng = np.random.default_rng(0)
+    one, other, same = estimates(labels, [found, found[:, ::-1], found], 0.95, 2_000, rng)
+    assert [each["accuracy"].value for each in (one, other)] == [
+        metrics.measure(labels, each)["accuracy"] for each in (found, found[:, ::-1])
+    ]
+    assert one["log_loss"] == same["log_loss"]
+    assert one["log_loss"].high < other["log_loss"].low
 
 
 def test_many_rows_give_the_interval_of_the_normal_distribution() -> None:
     labels, found = sample(np.random.default_rng(5), NORMAL_FROM + 1)
     losses = metrics.losses(labels, found)
-    estimate = estimates(labels, found, 0.95, 20_000, np.random.default_rng(0))["log_loss"]
+    estimate = of_one(labels, found, 20_000, np.random.default_rng(0))["log_loss"]
     error = losses.std() / np.sqrt(len(losses))
     assert (estimate.low, estimate.high) == pytest.approx(
         (losses.mean() - 1.96 * error, losses.mean() + 1.96 * error), abs=0.1 * error

@@ -20,6 +20,7 @@ from components.methods import settings_of
 from components.training import loop, passes
 from components.training.batching import Tokens, collate, tokenise, training_batches
 from components.training.encoder import Encoder
+from components.training.frozen import FeedForward
 from components.training.passes import AboveTrunk, Means
 from components.training.precision import Precision
 from components.training.trunk_cache import TrunkCache
@@ -55,6 +56,11 @@ def model_of(base: Path, method: str, **settings: Any) -> Any:
     model, head = base_model.load_classifier(base_model.find(BaseConfig(name=str(base))), ("bad", "good"))
     own = settings_of(method, **{**SMALL.get(method, {}), **settings})
     return get_peft_model(model, peft_config(method, own, list(head), model))
+
+
+def full_of(base: Path) -> Any:
+    torch.manual_seed(0)
+    return base_model.load_classifier(base_model.find(BaseConfig(name=str(base))), ("bad", "good"))[0]
 
 
 def tokens_of(base: Path) -> Tokens:
@@ -234,8 +240,7 @@ def test_what_reaches_into_attention_or_embeddings_is_left_to_the_whole_model(
 
 
 def test_full_fine_tuning_and_other_families_are_left_to_the_whole_model(base_of: Callable[[str], Path]) -> None:
-    full, _ = base_model.load_classifier(base_model.find(BaseConfig(name=str(base_of("bert")))), ("bad", "good"))
-    assert not Encoder.fits(full)
+    assert not Encoder.fits(full_of(base_of("bert")))
     assert not Encoder.fits(model_of(base_of("distilbert"), "pfeiffer"))
 
 
@@ -248,6 +253,52 @@ def test_a_model_in_the_block_still_computes_as_ever(base_of: Callable[[str], Pa
         with encoder.in_place():
             assert torch.equal(model(**inputs).logits, alone)
         assert torch.equal(model(**inputs).logits, alone)
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens that went through each feed-forward of ours."""
+    seen: list[int] = []
+    original = FeedForward.__call__
+
+    def counted(self: FeedForward, x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return original(self, x)
+
+    monkeypatch.setattr(FeedForward, "__call__", counted)
+    return seen
+
+
+@pytest.mark.parametrize("family", ALIKE)
+@pytest.mark.parametrize("method", [*KNOWN, "full"])
+def test_rows_are_scored_as_by_the_whole_model(
+    base_of: Callable[[str], Path], family: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(loop.AT_ONCE, "cpu", 64)  # several batches
+    base = base_of(family)
+    model, tokens = full_of(base) if method == "full" else model_of(base, method), tokens_of(base)
+    with torch.no_grad():
+        whole = torch.softmax(model.eval()(**collate(tokens, range(len(tokens.ids)), 0, CPU)).logits, -1).numpy()
+    assert loop.predict(model, tokens, 0, CPU) == pytest.approx(whole, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", ["pfeiffer", "full"])
+def test_of_rows_that_are_scored_the_last_layer_computes_one_token(
+    base_of: Callable[[str], Path], method: str, monkeypatch: pytest.MonkeyPatch, computed: list[int]
+) -> None:
+    monkeypatch.setitem(loop.AT_ONCE, "cpu", 64)
+    base = base_of("bert")
+    model, tokens = full_of(base) if method == "full" else model_of(base, method), tokens_of(base)
+    loop.predict(model, tokens, 0, CPU)
+    assert sum(computed[0::3]) >= sum(tokens.lengths)
+    assert sum(computed[2::3]) == len(tokens.ids)
+
+
+def test_a_single_batch_goes_through_the_whole_model(base_of: Callable[[str], Path], computed: list[int]) -> None:
+    """To lay its matrices together would take as long as to compute it."""
+    model, tokens = model_of(base_of("bert"), "pfeiffer"), tokens_of(base_of("bert"))
+    loop.predict(model, Tokens(tokens.ids[:3], None, tokens.labels[:3], tokens.cut[:3]), 0, CPU)
+    assert not computed
 
 
 @pytest.mark.parametrize("low", [False, True])
