@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from components.training.precision import Precision
 from components.training.trunk import Trunk
 from components.training.trunk_cache import TrunkCache
 
+# Scoring puts an encoder into a model: threads that score with one model, as those of a server do, take turns.
+_IN_PLACE = threading.Lock()
 # With fewer rows for each of several threads, their matrices are too small to be multiplied fast.
 ROWS_EACH = 4
 
@@ -107,7 +110,7 @@ def at_rest(model: Any, tokens: Tokens, padding: int, device: torch.device, batc
         yield Whole(model, tokens, padding, device, Precision(device, low=False), compile=False)
         return
     encoder = Encoder(model, torch.float32, at_rest=True)
-    with encoder.in_place():
+    with _IN_PLACE, encoder.in_place():
         yield AtRest(encoder, tokens, padding, device)
 
 

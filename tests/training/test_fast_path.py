@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,18 @@ def test_of_rows_that_are_scored_the_last_layer_computes_one_token(
     loop.predict(model, tokens, 0, CPU)
     assert sum(computed[0::3]) >= sum(tokens.lengths)
     assert sum(computed[2::3]) == len(tokens.ids)
+
+
+def test_threads_that_score_with_one_model_do_not_meet(
+    base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a server."""
+    monkeypatch.setitem(loop.AT_ONCE, "cpu", 64)
+    model, tokens = model_of(base_of("bert"), "pfeiffer"), tokens_of(base_of("bert"))
+    alone = loop.predict(model, tokens, 0, CPU)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: loop.predict(model, tokens, 0, CPU), range(12)):
+            assert np.array_equal(found, alone)
 
 
 def test_a_single_batch_goes_through_the_whole_model(base_of: Callable[[str], Path], computed: list[int]) -> None:
