@@ -12,9 +12,6 @@ from infra.folder import FOLDER
 # objects were made, takes a second and a half; so it is done after many, as in the process that forks jobs.
 gc.set_threshold(100_000, *gc.get_threshold()[1:])
 
-# Before NumPy is: products of a flow are small, and threads that wait for one another beside other work burn seconds.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 # Before Prefect is imported: nothing is sent home, a slow machine may take its time to start the server, who holds a
 # slot of a limit stands in a file of it, our own log lines reach the run's page, and a user without a Prefect profile
 # keeps everything below `out/`.

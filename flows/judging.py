@@ -41,7 +41,7 @@ def gate(config: RetrainConfig, split: Record, baseline: Trained, adapter: Train
     evidence = rules.Evidence(
         label_names=labels,
         labels=np.asarray(test["label"][:], dtype=np.int64),
-        lengths=np.array([len(text) for text in test["text"][:]], dtype=np.int64),
+        lengths=np.array([len(text) for batch in test.iter(1_000) for text in batch["text"]], dtype=np.int64),
         adapter=ours.probabilities,
         baseline=theirs.probabilities,
         tfidf=tfidf.probabilities,

@@ -24,7 +24,7 @@ from components.training.precision import Precision
 from components.training.trunk import Trunk
 from components.training.trunk_cache import TrunkCache
 
-# Scoring puts an encoder into a model: threads that score with one model, as those of a server do, take turns.
+# Held by the thread whose encoder is in the place of a model's own; others, as a server has them, do without.
 _IN_PLACE = threading.Lock()
 # With fewer rows for each of several threads, their matrices are too small to be multiplied fast.
 ROWS_EACH = 4
@@ -105,13 +105,16 @@ class AtRest:
 @contextmanager
 def at_rest(model: Any, tokens: Tokens, padding: int, device: torch.device, batches: int) -> Iterator[Pass]:
     """How so many batches go through the model in float32 while nothing learns. model: in evaluation mode."""
-    # A single batch is computed before its matrices are laid together.
-    if batches < 2 or not Encoder.knows(model):
+    # A single batch is computed before matrices are laid together for it.
+    if batches < 2 or not Encoder.knows(model) or not _IN_PLACE.acquire(blocking=False):
         yield Whole(model, tokens, padding, device, Precision(device, low=False), compile=False)
         return
-    encoder = Encoder(model, torch.float32, at_rest=True)
-    with _IN_PLACE, encoder.in_place():
-        yield AtRest(encoder, tokens, padding, device)
+    try:
+        encoder = Encoder(model, torch.float32, at_rest=True)
+        with encoder.in_place():
+            yield AtRest(encoder, tokens, padding, device)
+    finally:
+        _IN_PLACE.release()
 
 
 @dataclass(frozen=True)
