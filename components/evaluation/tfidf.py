@@ -31,7 +31,7 @@ def yardstick(train: Dataset, test: Dataset, labels: Sequence[str], seed: int) -
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     begin = time.perf_counter()
     model = make_pipeline(
