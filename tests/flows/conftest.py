@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from components import forks
 from components.config import RetrainConfig, parse
 from infra import local
 from tests import prefect_server
@@ -79,15 +79,9 @@ def settings_in(folder: Path, workspace: Path, base: Path) -> Settings:
 
 @pytest.fixture
 def command(servers: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python -m MODULE …` with the servers in its environment."""
+    """Runs `python -m MODULE …` with the servers in its environment, forked: it need not import the libraries again."""
 
     def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, **servers, **environment},
-        )
+        return forks.run(["-m", module, *arguments], {**os.environ, **servers, **environment})
 
     return run
