@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from components import cache, storage
 from components.config import RegistryConfig, RetrainConfig
@@ -49,7 +48,6 @@ def fusion(settings: Settings, tiny_base: Path, tmp_path_factory: pytest.TempPat
     """
     config = fused_from(settings, [f"{NAMES[0]}@production", f"{NAMES[1]}/1"])
     if versions.with_alias(connect(), NAMES[0], versions.CANDIDATE) is None:
-        torch.set_num_threads(1)
         root = tmp_path_factory.mktemp("members")
         table = sources.read(config.data).table
         parts = split(rows.clean(table, rows.label_names(table, None)), config.split)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
@@ -29,7 +28,6 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def shelved(servers: dict[str, str], tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    torch.set_num_threads(1)
     return shelf(tmp_path_factory.mktemp("shelf"), tiny_base, RegistryConfig())
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from components import storage
 from components.config import RegistryConfig
@@ -30,7 +29,6 @@ ROWS = toy_rows(500, seed=5)
 @pytest.fixture(scope="module")
 def shelved(servers: dict[str, str], tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     """`mood` with a version in production, and one after it."""
-    torch.set_num_threads(1)
     made = shelf(tmp_path_factory.mktemp("shelf"), tiny_base, RegistryConfig())
     made.version("mood")
     promotion.promote(made.registry, promotion.examine(made.registry, "mood", "1"), Approval("ada", "first"))
