@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.exceptions import ObjectNotFound
@@ -21,7 +22,7 @@ from components.config import RetrainConfig
 from components.errors import ModelBusy
 from flows.retrain import retrain
 from tests.conftest import make_base, toy_rows, write_csv
-from tests.flows.conftest import Settings
+from tests.flows.conftest import settings_in
 from tests.flows.deployed import PATIENCE_S, Prefect, deploy, message, newest, until_ended
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands")]
@@ -129,9 +130,22 @@ class TestWhatIsDeployed:
 class TestRunning:
     """From the command line; the exit code tells."""
 
-    def test_a_good_run_exits_0(self, run: Prefect, settings: Settings) -> None:
-        done = run("retrain/nightly", *given(settings("deployed")))
-        assert done.returncode == 0, done.stdout + done.stderr
+    @pytest.fixture(scope="class")
+    def sensed(self, workspace: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RetrainConfig:
+        """Of a folder without rows."""
+        folder = tmp_path_factory.mktemp("sensed")
+        (folder / "incoming").mkdir()
+        return settings_in(folder, workspace, tiny_base)("sensed", data__source=str(folder / "incoming"))
+
+    @pytest.fixture(scope="class")
+    def trained(
+        self, sensed: RetrainConfig, run: Prefect, client: SyncPrefectClient, deployed: dict[str, DeploymentResponse]
+    ) -> FlowRun:
+        """What the sensor started for the first rows, at its end."""
+        write_csv(Path(sensed.data.source) / "1.csv", toy_rows(600))
+        done = run("retrain/on-new-data", f"config={sensed.model_dump_json()}")
+        assert "'Started'" in done.stdout, done.stdout + done.stderr
+        return until_ended(client, newest(client, deployed["retrain/on-demand"]))
 
     def test_wrong_parameters_exit_1_with_our_line_on_the_run(
         self, run: Prefect, client: SyncPrefectClient, deployed: dict[str, DeploymentResponse]
@@ -141,27 +155,20 @@ class TestRunning:
         assert "ConfigError: expected a preset among" in line
         assert "found 'nope'" in line
 
-    def test_the_sensor_starts_a_run_of_the_deployment(
-        self,
-        run: Prefect,
-        client: SyncPrefectClient,
-        deployed: dict[str, DeploymentResponse],
-        settings: Settings,
-        tmp_path: Path,
-    ) -> None:
-        (tmp_path / "incoming").mkdir()
-        config = settings("sensed", data__source=str(tmp_path / "incoming"))
-        nothing = run("retrain/on-new-data", f"config={config.model_dump_json()}")
+    def test_the_sensor_waits_for_rows(self, run: Prefect, sensed: RetrainConfig) -> None:
+        nothing = run("retrain/on-new-data", f"config={sensed.model_dump_json()}")
         assert nothing.returncode == 0, nothing.stdout + nothing.stderr
         assert "'Waiting'" in nothing.stdout
-        write_csv(tmp_path / "incoming" / "1.csv", toy_rows(600))
-        done = run("retrain/on-new-data", f"config={config.model_dump_json()}")
-        assert "'Started'" in done.stdout, done.stdout + done.stderr
-        started = newest(client, deployed["retrain/on-demand"])
-        assert started.parameters["preset"] is None
-        ended = until_ended(client, started)
-        assert ended.state is not None
-        assert ended.state.is_completed(), message(ended)
+
+    def test_the_sensor_starts_a_run_of_the_deployment(self, trained: FlowRun) -> None:
+        assert trained.parameters["preset"] is None
+        assert trained.state is not None
+        assert trained.state.is_completed(), message(trained)
+
+    @pytest.mark.usefixtures("trained")
+    def test_a_good_run_exits_0(self, run: Prefect, sensed: RetrainConfig) -> None:
+        done = run("retrain/nightly", *given(sensed))
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 class TestAtOnce:
