@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -20,6 +22,7 @@ from tests.flows.deployed import client, deployed, environment, run, worker
 __all__ = ["client", "deployed", "environment", "run", "worker"]  # fixtures
 
 Settings = Callable[..., RetrainConfig]
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
@@ -77,11 +80,23 @@ def settings_in(folder: Path, workspace: Path, base: Path) -> Settings:
     return make
 
 
-@pytest.fixture
-def command(servers: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+@pytest.fixture(scope="session")
+def command(servers: dict[str, str]) -> Command:
     """Runs `python -m MODULE …` with the servers in its environment, forked: it need not import the libraries again."""
 
     def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return forks.run(["-m", module, *arguments], {**os.environ, **servers, **environment})
 
     return run
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """What a command that runs in this process does to logging, and sets for it, is undone after the test."""
+    log, root = logging.getLogger("adapterline"), logging.getLogger()
+    handlers, levels = [*log.handlers], [(handler, handler.level) for handler in root.handlers]
+    with mock.patch.dict(os.environ):
+        yield
+    log.handlers = handlers
+    for handler, level in levels:
+        handler.setLevel(level)

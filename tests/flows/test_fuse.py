@@ -20,7 +20,7 @@ from components.training.spec import DataRef
 from flows.fuse import fuse
 from flows.retrain import retrain
 from tests.conftest import make_base
-from tests.flows.conftest import Settings
+from tests.flows.conftest import Command, Settings
 from tests.registry.registered import Shelf
 from tests.training.toy_jobs import finished
 
@@ -118,12 +118,12 @@ def test_the_run_shows_where_each_member_helped(standing: versions.Version) -> N
 
 
 def test_without_a_member_the_version_does_not_answer(
-    standing: versions.Version, command: object, tmp_path: Path
+    standing: versions.Version, command: Command, tmp_path: Path
 ) -> None:
     """With them it did, in a fresh process, or it would not have been registered."""
     arguments = ("components.serving.score", f"models:/{MODEL}@candidate", "--text", "lovely word1")
     (tmp_path / "bundles").mkdir()
-    done = command(*arguments, **{members.PATH_VARIABLE: str(tmp_path / "bundles")})  # type: ignore[operator]
+    done = command(*arguments, **{members.PATH_VARIABLE: str(tmp_path / "bundles")})
     assert done.returncode == 1
     assert "expected member part-one/1 with bundle digest" in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,11 @@ from components.registry import history, promotion, versions
 from components.registry.history import Record
 from components.registry.promotion import Approval
 from flows.promote import approvals
+from tests.flows.conftest import Command
 from tests.flows.deployed import PATIENCE_S, Prefect, message, until_ended
 from tests.registry.registered import Shelf, shelf
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands")]
-
-Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,12 +15,12 @@ from components.registry import promotion
 from components.registry.promotion import Approval
 from components.serving import classifier
 from tests.conftest import toy_rows, write_csv
+from tests.flows.conftest import Command
 from tests.flows.deployed import Prefect
 from tests.registry.registered import Shelf, shelf
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands")]
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 ROWS = toy_rows(500, seed=5)
 
 

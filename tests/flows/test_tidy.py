@@ -15,7 +15,6 @@ from components.errors import StorageUnavailable
 from components.registry import claim, removal, tracking
 from components.registry.garbage import Thing
 from flows import tidy
-from tests import prefect_server
 from tests.registry import populations as made
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("tidy")]
@@ -85,7 +84,8 @@ def test_jobs_stay_while_prefect_does_not_answer(
     assert "Prefect did not say which jobs run" in capsys.readouterr().out
 
 
-def test_jobs_stay_that_prefect_has_not_ended(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.xdist_group("servers")
+def test_jobs_stay_that_prefect_has_not_ended(servers: dict[str, str], arguments: list[str], tmp_path: Path) -> None:
     first, second = jobs(tmp_path)
 
     @flow(name="train")
@@ -94,12 +94,10 @@ def test_jobs_stay_that_prefect_has_not_ended(arguments: list[str], tmp_path: Pa
     def tag(path: Path) -> list[str]:
         return [f"job:{path.name.rpartition('-')[2]}"]
 
-    with prefect_server.running(tmp_path) as environment:
-        url = {PREFECT_API_URL: environment["PREFECT_API_URL"]}
-        with temporary_settings(url), get_client(sync_client=True) as client:
-            client.create_flow_run(train, tags=tag(first), state=Pending())
-            client.create_flow_run(train, tags=tag(second), state=Completed())
-            assert tidy.main([*arguments, "--delete"]) == 0
+    with temporary_settings({PREFECT_API_URL: servers["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+        client.create_flow_run(train, tags=tag(first), state=Pending())
+        client.create_flow_run(train, tags=tag(second), state=Completed())
+        assert tidy.main([*arguments, "--delete"]) == 0
     assert jobs(tmp_path) == [first]
 
 
