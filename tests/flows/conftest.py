@@ -25,9 +25,12 @@ Settings = Callable[..., RetrainConfig]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a running stack and Prefect server, also set in this process."""
+    """The environment of a running stack and Prefect server, also set in this process.
+
+    They end with the tests of this folder: a Prefect server and a worker that nobody uses take a tenth of a core.
+    """
     folder = tmp_path_factory.mktemp("servers")
     with (
         local.stack(folder / "stack") as stack,
@@ -37,7 +40,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         yield {**stack.environment, **environment}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("workspace")
 
@@ -80,7 +83,7 @@ def settings_in(folder: Path, workspace: Path, base: Path) -> Settings:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def command(servers: dict[str, str]) -> Command:
     """Runs `python -m MODULE …` with the servers in its environment, forked: it need not import the libraries again."""
 
