@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,8 +23,10 @@ pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("tidy")]
 
 
 @pytest.fixture
-def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def arguments(empty_mlflow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Of a store in a folder with two left-over jobs, in a workspace too, and no Prefect server."""
+    for name in ("mlflow.db", "other.db"):
+        shutil.copy(empty_mlflow, tmp_path / name)
     store = str(tmp_path / "store")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -33,7 +37,8 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     claim.make(connection, store, str(tmp_path / "work"), str(tmp_path / "cache"))
     for number, area in enumerate(("store", "work")):
         made.write(tmp_path / area / "jobs" / made.job_name(str(number)) / "checkpoint/last.safetensors", "x" * 2000)
-    return ["--store", store, "--workspace", str(tmp_path / "work")]
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield ["--store", store, "--workspace", str(tmp_path / "work")]
 
 
 def jobs(folder: Path) -> list[Path]:
