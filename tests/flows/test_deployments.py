@@ -8,16 +8,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
-from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
 from components import config as configs
+from components import forks
 from components.config import RetrainConfig
 from components.errors import ModelBusy
 from flows.retrain import retrain
@@ -182,7 +182,10 @@ class TestAtOnce:
         deployed: dict[str, DeploymentResponse],
         tmp_path_factory: pytest.TempPathFactory,
     ) -> Iterator[dict[str, Any]]:
-        """The parameters of a nightly run that holds its model, and is cancelled in the end."""
+        """The parameters of a nightly run that holds its model, and is cancelled in the end.
+
+        Its jobs are stopped meanwhile, or they would take both cores of the machine from everything else.
+        """
         folder = tmp_path_factory.mktemp("endless")
         schedule = {
             "epochs": 100_000,
@@ -202,10 +205,14 @@ class TestAtOnce:
             deployed["retrain/nightly"].id, parameters={"preset": None, "config": config}
         )
         deadline = time.monotonic() + PATIENCE_S
-        while not held("endless"):
+        while len(jobs := training()) < 2:
             assert time.monotonic() < deadline, message(client.read_flow_run(run.id))
             time.sleep(1)
+        for job in jobs:
+            job.suspend()
         yield config
+        for job in jobs:
+            job.resume()
         client.set_flow_run_state(run.id, Cancelling())
         ended = until_ended(client, run)
         assert ended.state is not None
@@ -245,10 +252,11 @@ class TestAtOnce:
         assert f"exception: {end}: " in message(newest(client, deployed["retrain/on-demand"]))
 
 
-def held(model: str) -> bool:
-    """Is a run of this model under way? Asked without holding it, or the run would find it taken."""
-    with get_client(sync_client=True) as client:
-        try:
-            return client.read_global_concurrency_limit_by_name(f"retrain-{model}").active_slots > 0
-        except ObjectNotFound:  # no run of it has begun
-            return False
+def training() -> list[psutil.Process]:
+    """The jobs of all runs below this process: what a process that forks has forked."""
+    try:
+        below = psutil.Process().children(recursive=True)
+        forked = {each.pid for each in below if forks.__file__ in each.cmdline()}
+        return [each for each in below if each.pid in forked and each.ppid() in forked]
+    except psutil.NoSuchProcess:  # ended while it was looked at
+        return []
