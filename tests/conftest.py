@@ -114,6 +114,16 @@ def make_base(folder: Path, family: str = "bert", **settings: object) -> Path:
 
 
 @pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and nothing in them, to be copied: to make them takes seconds."""
+    from components.registry import tracking
+
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    tracking.load_mlflow(f"sqlite:///{path}").MlflowClient().search_registered_models()
+    return path
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Callable[[str], Path]:
     """Path of a real data file; the test is skipped, with the reason printed, where it is absent."""
 

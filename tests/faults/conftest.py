@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from components.config import RegistryConfig
 from infra import local
@@ -29,5 +28,4 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="package")
 def shelved(stack: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    torch.set_num_threads(1)
     return shelf(tmp_path_factory.mktemp("shelf"), tiny_base, RegistryConfig())

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from components.registry import bundle, history
 from components.training.progress import parse
@@ -79,7 +78,6 @@ def test_a_job_does_not_mind(clock: Clock, tiny_base: Path, tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def shelved(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    torch.set_num_threads(1)
     return shelf(tmp_path_factory.mktemp("registry"), tiny_base)
 
 

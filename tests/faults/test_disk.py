@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components import base_model
+from components import base_model, forks
 from components.config import BaseConfig
 from components.registry import bundle
 from components.training.spec import DataRef
@@ -55,11 +55,6 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)  # noqa: S607
 
 
-def run(module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.fault("disk full while a job trains", "one line; with room, it goes on to the same predictions")
 def test_a_job_goes_on_once_there_is_room(disk: Disk, tiny_base: Path, tmp_path: Path) -> None:
     data = saved_split(tmp_path / "split")
@@ -67,14 +62,15 @@ def test_a_job_goes_on_once_there_is_room(disk: Disk, tiny_base: Path, tmp_path:
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
     out = disk.folder / "out"
 
-    done = run("components.training.job", str(tmp_path / "spec.json"), str(out), "--progress", "json")
+    command = ["-m", "components.training.job", str(tmp_path / "spec.json"), str(out), "--progress", "json"]
+    done = forks.run(command, os.environ)
     assert done.returncode == 1
     assert done.stderr.startswith(FULL), done.stderr
     assert done.stderr.count("\n") == 1
     assert not bundle.is_complete(out)
 
     disk.resize("50m")
-    done = run("components.training.job", str(tmp_path / "spec.json"), str(out), "--progress", "json")
+    done = forks.run(command, os.environ)
     assert done.returncode == 0, done.stderr
     undisturbed = finished(tiny_base, data, "full", tmp_path / "undisturbed")
     one, other = (bundle.read_predictions(folder) for folder in (out, undisturbed))
@@ -90,9 +86,14 @@ def test_a_base_is_fetched_once_there_is_room(
     settings = settings_in(tmp_path, tmp_path / "work", tiny_base)("full", base__name="minilm")
     path = tmp_path / "full.yaml"
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
-    variables = {"ADAPTERLINE_CACHE": str(disk.folder), "ADAPTERLINE_STACK": str(tmp_path / "stack")}
+    own = {
+        "ADAPTERLINE_CACHE": str(disk.folder),
+        "ADAPTERLINE_STACK": str(tmp_path / "stack"),
+        "MLFLOW_TRACKING_URI": "",
+    }
 
-    done = run("flows.retrain", "--config", str(path), MLFLOW_TRACKING_URI="", **variables)
+    command = [sys.executable, "-m", "flows.retrain", "--config", str(path)]
+    done = subprocess.run(command, env={**os.environ, **own}, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith(f"error: {FULL}"), done.stderr
     assert done.stderr.count("\n") == 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
+from components import forks
 from components.registry import history, promotion
 from components.registry.promotion import Approval
 from tests.faults.dying import POINTS
@@ -20,7 +19,6 @@ UNDONE = ("before its run", "before the record")
 
 @pytest.fixture(scope="module")
 def shelved(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    torch.set_num_threads(1)
     return shelf(tmp_path_factory.mktemp("registry"), tiny_base)
 
 
@@ -37,8 +35,8 @@ def test_a_killed_promotion_is_not_done_or_finished_by_the_next(shelved: Shelf, 
     shelved.version(model, champion="1")
 
     uri = shelved.registry.versions.uri
-    command = [sys.executable, "-m", "tests.faults.dying", point, shelved.registry.store, uri, model, "2"]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    command = ["-m", "tests.faults.dying", point, shelved.registry.store, uri, model, "2"]
+    assert forks.run(command, os.environ).returncode == -signal.SIGKILL
 
     after = "1" if point in UNDONE else "2"
     found = promotion.settle(shelved.registry, model)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from components import storage
+from components import forks, storage
 from components.errors import AdapterlineError, ProductionMoved, RegistryError, StorageUnavailable
 from components.registry import history, promotion, versions
 from components.registry.promotion import Approval
@@ -232,8 +230,7 @@ def test_history_after_ten_changes(shelved: Shelf) -> None:
     assert [record.before for record in found[1:]] == [record.after for record in found[:-1]]
     assert shelved.production(model) == found[-1].after == "4"
 
-    command = [sys.executable, "-m", "flows.promote", "history", model]
-    done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, check=False)
+    done = forks.run(["-m", "flows.promote", "history", model], os.environ)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stdout.splitlines() if re.match(r" *\d+ +20\d\d-", line)]
     assert len(said) == len(found)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from components import forks
 from components.config import RetrainConfig, parse
 from infra import local
 from tests import prefect_server
@@ -20,11 +22,15 @@ from tests.flows.deployed import client, deployed, environment, run, worker
 __all__ = ["client", "deployed", "environment", "run", "worker"]  # fixtures
 
 Settings = Callable[..., RetrainConfig]
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a running stack and Prefect server, also set in this process."""
+    """The environment of a running stack and Prefect server, also set in this process.
+
+    They end with the tests of this folder: a Prefect server and a worker that nobody uses take a tenth of a core.
+    """
     folder = tmp_path_factory.mktemp("servers")
     with (
         local.stack(folder / "stack") as stack,
@@ -34,7 +40,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         yield {**stack.environment, **environment}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("workspace")
 
@@ -77,17 +83,23 @@ def settings_in(folder: Path, workspace: Path, base: Path) -> Settings:
     return make
 
 
-@pytest.fixture
-def command(servers: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs `python -m MODULE …` with the servers in its environment."""
+@pytest.fixture(scope="package")
+def command(servers: dict[str, str]) -> Command:
+    """Runs `python -m MODULE …` with the servers in its environment, forked: it need not import the libraries again."""
 
     def run(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", module, *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, **servers, **environment},
-        )
+        return forks.run(["-m", module, *arguments], {**os.environ, **servers, **environment})
 
     return run
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """What a command that runs in this process does to logging, and sets for it, is undone after the test."""
+    log, root = logging.getLogger("adapterline"), logging.getLogger()
+    handlers, levels = [*log.handlers], [(handler, handler.level) for handler in root.handlers]
+    with mock.patch.dict(os.environ):
+        yield
+    log.handlers = handlers
+    for handler, level in levels:
+        handler.setLevel(level)

@@ -27,7 +27,7 @@ PATIENCE_S = 300
 Prefect = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(servers: dict[str, str]) -> Iterator[SyncPrefectClient]:
     """Of a server with the pools that `make up` makes."""
     with get_client(sync_client=True) as client:
@@ -39,14 +39,14 @@ def client(servers: dict[str, str]) -> Iterator[SyncPrefectClient]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def environment(servers: dict[str, str]) -> dict[str, str]:
     there = {**os.environ, **servers, "PREFECT_WORKER_QUERY_SECONDS": "1"}
     there.pop("TRAIN_ON", None)
     return there
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def deployed(client: SyncPrefectClient, environment: dict[str, str]) -> dict[str, DeploymentResponse]:
     """All deployments by name, made in a terminal where nobody answers questions."""
     assert deploy(environment) == 0
@@ -74,7 +74,7 @@ def deploy(environment: dict[str, str]) -> int:
     return process.wait(PATIENCE_S)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def worker(
     deployed: dict[str, DeploymentResponse], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[None]:
@@ -87,7 +87,7 @@ def worker(
     process.wait(60)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def run(worker: None, environment: dict[str, str]) -> Prefect:
     """`prefect deployment run … --watch`."""
 

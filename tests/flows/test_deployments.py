@@ -8,20 +8,21 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
-from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
 from components import config as configs
+from components import forks
 from components.config import RetrainConfig
 from components.errors import ModelBusy
 from flows.retrain import retrain
 from tests.conftest import make_base, toy_rows, write_csv
-from tests.flows.conftest import Settings
+from tests.flows.conftest import settings_in
 from tests.flows.deployed import PATIENCE_S, Prefect, deploy, message, newest, until_ended
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands")]
@@ -129,9 +130,22 @@ class TestWhatIsDeployed:
 class TestRunning:
     """From the command line; the exit code tells."""
 
-    def test_a_good_run_exits_0(self, run: Prefect, settings: Settings) -> None:
-        done = run("retrain/nightly", *given(settings("deployed")))
-        assert done.returncode == 0, done.stdout + done.stderr
+    @pytest.fixture(scope="class")
+    def sensed(self, workspace: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RetrainConfig:
+        """Of a folder without rows."""
+        folder = tmp_path_factory.mktemp("sensed")
+        (folder / "incoming").mkdir()
+        return settings_in(folder, workspace, tiny_base)("sensed", data__source=str(folder / "incoming"))
+
+    @pytest.fixture(scope="class")
+    def trained(
+        self, sensed: RetrainConfig, run: Prefect, client: SyncPrefectClient, deployed: dict[str, DeploymentResponse]
+    ) -> FlowRun:
+        """What the sensor started for the first rows, at its end."""
+        write_csv(Path(sensed.data.source) / "1.csv", toy_rows(600))
+        done = run("retrain/on-new-data", f"config={sensed.model_dump_json()}")
+        assert "'Started'" in done.stdout, done.stdout + done.stderr
+        return until_ended(client, newest(client, deployed["retrain/on-demand"]))
 
     def test_wrong_parameters_exit_1_with_our_line_on_the_run(
         self, run: Prefect, client: SyncPrefectClient, deployed: dict[str, DeploymentResponse]
@@ -141,27 +155,20 @@ class TestRunning:
         assert "ConfigError: expected a preset among" in line
         assert "found 'nope'" in line
 
-    def test_the_sensor_starts_a_run_of_the_deployment(
-        self,
-        run: Prefect,
-        client: SyncPrefectClient,
-        deployed: dict[str, DeploymentResponse],
-        settings: Settings,
-        tmp_path: Path,
-    ) -> None:
-        (tmp_path / "incoming").mkdir()
-        config = settings("sensed", data__source=str(tmp_path / "incoming"))
-        nothing = run("retrain/on-new-data", f"config={config.model_dump_json()}")
+    def test_the_sensor_waits_for_rows(self, run: Prefect, sensed: RetrainConfig) -> None:
+        nothing = run("retrain/on-new-data", f"config={sensed.model_dump_json()}")
         assert nothing.returncode == 0, nothing.stdout + nothing.stderr
         assert "'Waiting'" in nothing.stdout
-        write_csv(tmp_path / "incoming" / "1.csv", toy_rows(600))
-        done = run("retrain/on-new-data", f"config={config.model_dump_json()}")
-        assert "'Started'" in done.stdout, done.stdout + done.stderr
-        started = newest(client, deployed["retrain/on-demand"])
-        assert started.parameters["preset"] is None
-        ended = until_ended(client, started)
-        assert ended.state is not None
-        assert ended.state.is_completed(), message(ended)
+
+    def test_the_sensor_starts_a_run_of_the_deployment(self, trained: FlowRun) -> None:
+        assert trained.parameters["preset"] is None
+        assert trained.state is not None
+        assert trained.state.is_completed(), message(trained)
+
+    @pytest.mark.usefixtures("trained")
+    def test_a_good_run_exits_0(self, run: Prefect, sensed: RetrainConfig) -> None:
+        done = run("retrain/nightly", *given(sensed))
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 class TestAtOnce:
@@ -175,7 +182,10 @@ class TestAtOnce:
         deployed: dict[str, DeploymentResponse],
         tmp_path_factory: pytest.TempPathFactory,
     ) -> Iterator[dict[str, Any]]:
-        """The parameters of a nightly run that holds its model, and is cancelled in the end."""
+        """The parameters of a nightly run that holds its model, and is cancelled in the end.
+
+        Its jobs are stopped meanwhile, or they would take both cores of the machine from everything else.
+        """
         folder = tmp_path_factory.mktemp("endless")
         schedule = {
             "epochs": 100_000,
@@ -195,10 +205,14 @@ class TestAtOnce:
             deployed["retrain/nightly"].id, parameters={"preset": None, "config": config}
         )
         deadline = time.monotonic() + PATIENCE_S
-        while not held("endless"):
+        while len(jobs := training()) < 2:
             assert time.monotonic() < deadline, message(client.read_flow_run(run.id))
             time.sleep(1)
+        for job in jobs:
+            job.suspend()
         yield config
+        for job in jobs:
+            job.resume()
         client.set_flow_run_state(run.id, Cancelling())
         ended = until_ended(client, run)
         assert ended.state is not None
@@ -238,10 +252,11 @@ class TestAtOnce:
         assert f"exception: {end}: " in message(newest(client, deployed["retrain/on-demand"]))
 
 
-def held(model: str) -> bool:
-    """Is a run of this model under way? Asked without holding it, or the run would find it taken."""
-    with get_client(sync_client=True) as client:
-        try:
-            return client.read_global_concurrency_limit_by_name(f"retrain-{model}").active_slots > 0
-        except ObjectNotFound:  # no run of it has begun
-            return False
+def training() -> list[psutil.Process]:
+    """The jobs of all runs below this process: what a process that forks has forked."""
+    try:
+        below = psutil.Process().children(recursive=True)
+        forked = {each.pid for each in below if forks.__file__ in each.cmdline()}
+        return [each for each in below if each.pid in forked and each.ppid() in forked]
+    except psutil.NoSuchProcess:  # ended while it was looked at
+        return []

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from components import cache, storage
 from components.config import RegistryConfig, RetrainConfig
@@ -21,7 +20,7 @@ from components.training.spec import DataRef
 from flows.fuse import fuse
 from flows.retrain import retrain
 from tests.conftest import make_base
-from tests.flows.conftest import Settings
+from tests.flows.conftest import Command, Settings
 from tests.registry.registered import Shelf
 from tests.training.toy_jobs import finished
 
@@ -49,7 +48,6 @@ def fusion(settings: Settings, tiny_base: Path, tmp_path_factory: pytest.TempPat
     """
     config = fused_from(settings, [f"{NAMES[0]}@production", f"{NAMES[1]}/1"])
     if versions.with_alias(connect(), NAMES[0], versions.CANDIDATE) is None:
-        torch.set_num_threads(1)
         root = tmp_path_factory.mktemp("members")
         table = sources.read(config.data).table
         parts = split(rows.clean(table, rows.label_names(table, None)), config.split)
@@ -120,12 +118,12 @@ def test_the_run_shows_where_each_member_helped(standing: versions.Version) -> N
 
 
 def test_without_a_member_the_version_does_not_answer(
-    standing: versions.Version, command: object, tmp_path: Path
+    standing: versions.Version, command: Command, tmp_path: Path
 ) -> None:
     """With them it did, in a fresh process, or it would not have been registered."""
     arguments = ("components.serving.score", f"models:/{MODEL}@candidate", "--text", "lovely word1")
     (tmp_path / "bundles").mkdir()
-    done = command(*arguments, **{members.PATH_VARIABLE: str(tmp_path / "bundles")})  # type: ignore[operator]
+    done = command(*arguments, **{members.PATH_VARIABLE: str(tmp_path / "bundles")})
     assert done.returncode == 1
     assert "expected member part-one/1 with bundle digest" in done.stderr
     assert "Traceback" not in done.stderr

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.responses import DeploymentResponse
@@ -19,17 +17,15 @@ from components.registry import history, promotion, versions
 from components.registry.history import Record
 from components.registry.promotion import Approval
 from flows.promote import approvals
+from tests.flows.conftest import Command
 from tests.flows.deployed import PATIENCE_S, Prefect, message, until_ended
 from tests.registry.registered import Shelf, shelf
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands")]
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
-
 
 @pytest.fixture(scope="module")
 def shelved(servers: dict[str, str], tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    torch.set_num_threads(1)
     return shelf(tmp_path_factory.mktemp("shelf"), tiny_base, RegistryConfig())
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import yaml
 
 from components.config import RegistryConfig, RetrainConfig
 from components.data import ledger
-from components.errors import AdapterlineError, GateFailed, GateInconclusive, GateRejected
+from components.errors import AdapterlineError, GateRejected
 from components.registry import bundle, registration, tracking, versions
+from flows import command
 from flows.retrain import retrain
 from tests.conftest import toy_rows, write_csv
 from tests.flows.conftest import Settings
@@ -141,12 +143,24 @@ def report_rows(report: dict[str, list[dict[str, int]]]) -> int:
 
 
 @pytest.mark.slow
-def test_a_gate_that_fails_or_cannot_tell_leaves_the_candidate(settings: Settings, standing: versions.Version) -> None:
+@pytest.mark.usefixtures("own_logging")
+def test_a_gate_that_fails_or_cannot_tell_is_an_exit_code_and_a_line_and_leaves_the_candidate(
+    settings: Settings, standing: versions.Version, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def by_hand(**changes: object) -> tuple[int, str, str]:
+        path = tmp_path / "configuration.yaml"
+        path.write_text(yaml.safe_dump(settings("first", **changes).model_dump(mode="json")))
+        code = command.main(retrain, ["--config", str(path)])
+        said, errors = capsys.readouterr()
+        return code, said, errors.splitlines()[-1]  # before it are progress bars: `datasets` was imported long ago
+
     untrained = {"body": 1e-9, "layer_norm": 1e-9, "head": 1e-9}
-    with pytest.raises(GateFailed, match="vs full fine-tuning"):
-        retrain(settings("first", adapter__schedule={"epochs": 1, "learning_rates": untrained}))
-    with pytest.raises(GateInconclusive, match=r"about [\d,]+ would"):
-        retrain(settings("first", gate__margin=0.0001, gate__confidence=0.9999))
+    code, said, line = by_hand(adapter__schedule={"epochs": 1, "learning_rates": untrained})
+    assert (code, "verdict: FAIL" in said) == (2, True), line
+    assert "vs full fine-tuning" in line
+    code, said, line = by_hand(gate__margin=0.0001, gate__confidence=0.9999)
+    assert (code, "verdict: INCONCLUSIVE" in said) == (3, True), line
+    assert re.search(r"about [\d,]+ would", line)
     assert candidate("first") == standing
     assert count("first") == 1
 

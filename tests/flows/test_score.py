@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from components import storage
 from components.config import RegistryConfig
@@ -18,19 +15,18 @@ from components.registry import promotion
 from components.registry.promotion import Approval
 from components.serving import classifier
 from tests.conftest import toy_rows, write_csv
+from tests.flows.conftest import Command
 from tests.flows.deployed import Prefect
 from tests.registry.registered import Shelf, shelf
 
 pytestmark = [pytest.mark.slow, pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands")]
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
 ROWS = toy_rows(500, seed=5)
 
 
 @pytest.fixture(scope="module")
 def shelved(servers: dict[str, str], tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     """`mood` with a version in production, and one after it."""
-    torch.set_num_threads(1)
     made = shelf(tmp_path_factory.mktemp("shelf"), tiny_base, RegistryConfig())
     made.version("mood")
     promotion.promote(made.registry, promotion.examine(made.registry, "mood", "1"), Approval("ada", "first"))

@@ -26,7 +26,7 @@ from components.training import sweep as process
 from components.training.spec import DataRef
 from flows import groups, steps
 from flows.sweep import sweep
-from tests.flows.conftest import Settings
+from tests.flows.conftest import Command, Settings
 from tests.training.toy_jobs import toy_spec
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("servers"), pytest.mark.usefixtures("servers")]
@@ -164,7 +164,7 @@ class TestOnRay:
         self,
         settings: Settings,
         workspace: Path,
-        command: Callable[..., subprocess.CompletedProcess[str]],
+        command: Command,
         tmp_path: Path,
     ) -> None:
         pytest.importorskip("prefect_ray")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +17,16 @@ from components.errors import StorageUnavailable
 from components.registry import claim, removal, tracking
 from components.registry.garbage import Thing
 from flows import tidy
-from tests import prefect_server
 from tests.registry import populations as made
 
 pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("tidy")]
 
 
 @pytest.fixture
-def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def arguments(empty_mlflow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Of a store in a folder with two left-over jobs, in a workspace too, and no Prefect server."""
+    for name in ("mlflow.db", "other.db"):
+        shutil.copy(empty_mlflow, tmp_path / name)
     store = str(tmp_path / "store")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -34,7 +37,8 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     claim.make(connection, store, str(tmp_path / "work"), str(tmp_path / "cache"))
     for number, area in enumerate(("store", "work")):
         made.write(tmp_path / area / "jobs" / made.job_name(str(number)) / "checkpoint/last.safetensors", "x" * 2000)
-    return ["--store", store, "--workspace", str(tmp_path / "work")]
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield ["--store", store, "--workspace", str(tmp_path / "work")]
 
 
 def jobs(folder: Path) -> list[Path]:
@@ -85,7 +89,8 @@ def test_jobs_stay_while_prefect_does_not_answer(
     assert "Prefect did not say which jobs run" in capsys.readouterr().out
 
 
-def test_jobs_stay_that_prefect_has_not_ended(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.xdist_group("servers")
+def test_jobs_stay_that_prefect_has_not_ended(servers: dict[str, str], arguments: list[str], tmp_path: Path) -> None:
     first, second = jobs(tmp_path)
 
     @flow(name="train")
@@ -94,12 +99,10 @@ def test_jobs_stay_that_prefect_has_not_ended(arguments: list[str], tmp_path: Pa
     def tag(path: Path) -> list[str]:
         return [f"job:{path.name.rpartition('-')[2]}"]
 
-    with prefect_server.running(tmp_path) as environment:
-        url = {PREFECT_API_URL: environment["PREFECT_API_URL"]}
-        with temporary_settings(url), get_client(sync_client=True) as client:
-            client.create_flow_run(train, tags=tag(first), state=Pending())
-            client.create_flow_run(train, tags=tag(second), state=Completed())
-            assert tidy.main([*arguments, "--delete"]) == 0
+    with temporary_settings({PREFECT_API_URL: servers["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+        client.create_flow_run(train, tags=tag(first), state=Pending())
+        client.create_flow_run(train, tags=tag(second), state=Completed())
+        assert tidy.main([*arguments, "--delete"]) == 0
     assert jobs(tmp_path) == [first]
 
 

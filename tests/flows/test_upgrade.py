@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from components.registry.versions import Version
 from flows.retrain import retrain
 from flows.upgrade import upgrade
 from tests.conftest import make_base
-from tests.flows.conftest import settings_in
+from tests.flows.conftest import Command, settings_in
 
 pytestmark = [
     pytest.mark.slow,
@@ -163,9 +162,7 @@ def test_a_listing_tells_what_is_done_from_what_is_left(moved: Moved) -> None:
     assert grows.endswith("retrain")
 
 
-def test_a_listing_by_hand_says_what_does_not_fit_and_does_nothing(
-    moved: Moved, command: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_listing_by_hand_says_what_does_not_fit_and_does_nothing(moved: Moved, command: Command) -> None:
     arguments = ("--base", str(moved.new_base), "--all-from", "PRODUCTION", "--standing-on", str(moved.old_base))
     done = command("flows.retrain", *arguments, "--set", "adapter.bottleneck.reduction_factor=100", "--list")
     assert done.returncode == 0, done.stderr

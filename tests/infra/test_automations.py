@@ -27,9 +27,8 @@ from flows import events
 from flows.values import Judged, Run
 from infra import automations, local
 from infra.errors import StackError
-from tests import prefect_server
 
-pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("automations")]
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("prefect")]
 
 PATIENCE_S = 60
 SECRET = "T0K3N"  # noqa: S105  # what a webhook's URL would hold
@@ -70,9 +69,9 @@ class Receiver:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
+def client(prefect: dict[str, str]) -> Iterator[SyncPrefectClient]:
     """Of a server without automations."""
-    with prefect_server.running(tmp_path_factory.mktemp("server")), get_client(sync_client=True) as client:
+    with get_client(sync_client=True) as client:
         yield client
 
 

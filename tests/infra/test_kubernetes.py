@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import prefect_server
 from tests.infra import rendering, schema
 
 KUBECTL = Path(sys.executable).parent / "kubectl"
@@ -216,7 +215,8 @@ def test_nothing_may_talk_unless_a_rule_says_so(built: list[dict[str, Any]]) -> 
 
 
 @pytest.mark.integration
-def test_prefect_checks_job_variables_by_the_template(tmp_path: Path) -> None:
+@pytest.mark.xdist_group("prefect")
+def test_prefect_checks_job_variables_by_the_template(prefect: dict[str, str]) -> None:
     """A real server takes the template as a pool, and refuses a variable out of range or misspelt."""
     script = """
 import asyncio, json, sys
@@ -250,13 +250,12 @@ asyncio.run(main(**json.loads(sys.stdin.read())))
         "misspelt": {"gpu": 1},
         "a cache without a name": {"cache_volume": {"emptyDir": {}}},
     }
-    with prefect_server.running(tmp_path) as environment:
-        done = subprocess.run(
-            [sys.executable, "-c", script],
-            input=json.dumps({"template": TEMPLATE, "cases": {**good, **bad}}),
-            env={**os.environ, **environment},
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps({"template": TEMPLATE, "cases": {**good, **bad}}),
+        env={**os.environ, **prefect},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     statuses = json.loads(done.stdout.splitlines()[-1])
     assert [name for name, status in statuses.items() if status == 200] == list(good)

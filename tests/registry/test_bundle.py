@@ -27,7 +27,6 @@ every_method = pytest.mark.parametrize("method", RATES)
 
 @pytest.fixture(scope="module")
 def bundles(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("bundles")
     data = saved_split(root / "split")
     return {method: finished(tiny_base, data, method, root / method, epochs=2) for method in RATES}

@@ -25,7 +25,6 @@ ADA, EVE = Approval("ada", "it is better"), Approval("eve", "it is worse")
 
 @pytest.fixture(scope="module")
 def shelved(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
-    torch.set_num_threads(1)
     return shelf(tmp_path_factory.mktemp("registry"), tiny_base)
 
 

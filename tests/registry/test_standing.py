@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -17,11 +19,10 @@ TAGS = {"base": "org/model", "base_revision": "c0ffee", "base_weights_sha256": D
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
+def there(empty_mlflow: Path, tmp_path_factory: pytest.TempPathFactory) -> Tracking:
     folder = tmp_path_factory.mktemp("mlflow")
-    return tracking.connect(
-        RegistryConfig(store=str(folder / "store"), tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
-    )
+    database = shutil.copy(empty_mlflow, folder / "mlflow.db")
+    return tracking.connect(RegistryConfig(store=str(folder / "store"), tracking_uri=f"sqlite:///{database}"))
 
 
 def registered(there: Tracking, name: str, alias: str | None, tags: Mapping[str, str]) -> None:

@@ -112,18 +112,10 @@ def _forget_keys() -> None:
     boto3.setup_default_session()
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's tables, with nothing in them: to make them takes seconds."""
-    path = tmp_path_factory.mktemp("database") / "empty.db"
-    tracking.load_mlflow(f"sqlite:///{path}").MlflowClient().search_registered_models()
-    return path
-
-
 @pytest.fixture(autouse=True)
-def databases(database: Path, tmp_path: Path) -> None:
+def databases(empty_mlflow: Path, tmp_path: Path) -> None:
     for name in ("mlflow.db", "other.db"):
-        shutil.copy(database, tmp_path / name)
+        shutil.copy(empty_mlflow, tmp_path / name)
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -29,7 +29,6 @@ def lively_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> DataRef:
-    torch.set_num_threads(1)
     return saved_split(tmp_path_factory.mktemp("split"))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from components import forks
 from components.errors import AdapterlineError, BaseModelError, ConfigError, DataError
 from components.registry import bundle
 from components.training import job, progress
@@ -153,8 +153,7 @@ def test_labels_in_another_order_are_refused(lively_base: Path, data: DataRef, t
 
 
 def process(spec: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "components.training.job", str(spec), str(out), *options]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return forks.run(["-m", "components.training.job", str(spec), str(out), *options], os.environ)
 
 
 def test_a_job_in_its_own_process_leaves_the_same_bundle(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from components import forks
 from components.config import LearningRates, Schedule
 from components.errors import ConfigError
 from components.methods import settings_of
@@ -193,9 +194,7 @@ def test_interrupted_it_goes_on_where_it_was(lively_base: Path, data: DataRef, t
 
 class TestTheProcess:
     def run(self, path: Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", sweep.MODULE, str(path)], capture_output=True, text=True, check=False
-        )
+        return forks.run(["-m", sweep.MODULE, str(path)], os.environ)
 
     def test_tells_of_each_job_on_standard_output(self, lively_base: Path, data: DataRef, tmp_path: Path) -> None:
         some = {name: toy_spec(lively_base, data, "pfeiffer", 1, seed=seed) for seed, name in enumerate("ab")}
