@@ -46,6 +46,13 @@ class Prefect:
             assert time.monotonic() < deadline, state
             time.sleep(0.5)
 
+    def until_form(self, run: str) -> None:
+        """A run that is paused saves its form a moment later; without one nobody can answer it."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not self.ask(f"flow_runs/{run}/input/filter", {"prefix": ""}):
+            assert time.monotonic() < deadline, run
+            time.sleep(0.1)
+
 
 @pytest.mark.fault("kill -9 of the Prefect server and a worker while a review waits", "it goes on when they are back")
 def test_a_review_outlives_the_server(stack: Path, shelved: Shelf) -> None:
@@ -61,12 +68,14 @@ def test_a_review_outlives_the_server(stack: Path, shelved: Shelf) -> None:
     parameters = {"model": model, "version": "2"}
     run = prefect.ask(f"deployments/{deployment}/create_flow_run", {"parameters": parameters})["id"]
     prefect.until(run, "PAUSED")
+    prefect.until_form(run)
 
     outage.kill(stack, "worker-local")
     outage.kill(stack, "prefect")
     assert shelved.production(model) == "1"
     form = {"reviewer": "eve", "decision": "approve", "comment": "looks good"}
-    prefect.ask(f"flow_runs/{run}/resume", {"run_input": form})
+    answer = prefect.ask(f"flow_runs/{run}/resume", {"run_input": form})
+    assert answer["status"] == "ACCEPT", answer
     prefect.until(run, "COMPLETED")
     assert shelved.production(model) == "2"
     assert [(record.who, record.after) for record in history.records(there.store, model)] == [
