@@ -267,6 +267,9 @@ def main() -> None:
         for name in LIBRARIES:
             with contextlib.suppress(Exception):  # whoever needs it will say so
                 importlib.import_module(name)
+        with contextlib.suppress(Exception):
+            # With a process's first model transformers compiles patterns for all families: a fifth of a second.
+            importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("bert")
     # Modules are no garbage: to look for any among them takes half a second, each time and in each that is forked.
     gc.freeze()
     gc.enable()

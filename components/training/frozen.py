@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
-from torch.nn.attention.varlen import varlen_attn
 
 from components.training.packing import Packing
 
@@ -60,6 +59,8 @@ class Attention:
     def _fused(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         q, k, v = F.linear(x, self.qkv, self.qkv_bias).view(len(x), 3, self.heads, -1).unbind(1)
         if x.is_cuda and (packed := packing.packed):
+            from torch.nn.attention.varlen import varlen_attn  # takes long to import
+
             seen: Any = varlen_attn(q, k, v, *2 * (packed.bounds,), *2 * (packed.longest,), scale=1.0)
         else:
             shape = packing.rows, packing.width, self.heads, self.hidden // self.heads
