@@ -22,7 +22,7 @@ from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from components.adapters.bottleneck import Bottleneck
-from components.adapters.layer import Site
+from components.adapters.layer import SharedParts, Site
 from components.adapters.parameters import is_adapted
 from components.training.frozen import ACTIVATIONS, Attention, FeedForward
 from components.training.packing import Packing, takes_packed
@@ -130,14 +130,20 @@ class Encoder:
             for layer in layers
             for kind in ("attention", "output")
         ]
-        self.cut = self._find_cut()
-        self.trained = [parameter for parameter in self._encoder.parameters() if parameter.requires_grad]
+        with torch.no_grad():  # whatever AdapterDrop has drawn
+            self.cut = self._find_cut()
+        # What layers share, as Compacter's rule, is in none of them.
+        parts = [self._encoder, *(each for each in model.modules() if isinstance(each, SharedParts))]
+        self.trained = [each for part in parts for each in part.parameters() if each.requires_grad]
         self._now = threading.local()  # what takes the place of the layers in the forward pass of this thread
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Is this an adapted classifier that learns nothing but what is known here?"""
-        return is_adapted(model) and Encoder.knows(model) and not _learns(_classifier(model).base_model.embeddings)
+        """Is this an adapted classifier that learns nothing but what is known here, of what its head reads alone?"""
+        if not (is_adapted(model) and Encoder.knows(model)) or _learns(_classifier(model).base_model.embeddings):
+            return False
+        # From which neurons are masked an adapter learns of every token.
+        return not any(getattr(each, "mask_rate", 0) for each in model.peft_config.values())
 
     @staticmethod
     def knows(model: Any) -> bool:

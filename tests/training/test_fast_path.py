@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -16,18 +16,22 @@ from components import base_model
 from components.adapters.bottleneck import Bottleneck
 from components.adapters.methods import peft_config
 from components.adapters.parameters import training_mode
+from components.adapters.places import positions
+from components.adapters.step import reseed, steps_of
 from components.config import BaseConfig, LearningRates, Schedule, TrainingConfig
 from components.methods import settings_of
 from components.training import loop, passes
 from components.training.batching import Tokens, collate, tokenise, training_batches
 from components.training.encoder import Encoder
 from components.training.frozen import FeedForward
-from components.training.passes import AboveTrunk, Means
+from components.training.passes import AboveTrunk, Means, Whole
 from components.training.precision import Precision
 from components.training.trunk_cache import TrunkCache
+from tests.adapters.adapted import stir
 from tests.conftest import make_base
 from tests.training.toy_jobs import SMALL, toy_split
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 STEPS = 50
 # Slow enough that rounding does not grow from step to step, as it does at the rates of the other tests.
@@ -80,16 +84,23 @@ def losses(model: Any, tokens: Tokens, means: Means | None, threads: int = 1) ->
     batches = [rows for epoch in range(1, 9) for rows in training_batches(tokens.lengths, 16, 0, epoch)][:STEPS]
     training_mode(model)
     if means is None:
-        return [_plain_step(learner, tokens, rows) for rows in batches]
+        return [_plain_step(learner, tokens, rows) for rows in _counted(model, batches)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with passes.passes(model, tokens, tokens, 0, CPU, precision, 16, means) as through:
             assert isinstance(through.learn, AboveTrunk)
             learn = loop.Learning(learner, None, 1.0)
-            return [learn(tokens, rows, through) for rows in batches]
+            return [learn(tokens, rows, through) for rows in _counted(model, batches)]
     finally:
         torch.set_num_threads(before)
+
+
+def _counted(model: Any, batches: Iterable[T]) -> Iterator[T]:
+    """As the loop counts its steps."""
+    for number, rows in enumerate(batches):
+        reseed(steps_of(model), 0, number)
+        yield rows
 
 
 def _plain_step(learner: loop.Learner, tokens: Tokens, rows: Any) -> float:
@@ -192,23 +203,25 @@ def test_rows_that_pass_an_adapter_by_do_so_one_by_one(
     assert all(len(each) == len(rows) and 0 < each.sum() < len(rows) for each in kept)
 
 
+@pytest.mark.parametrize("hands", [1, 2])
 @pytest.mark.parametrize("method", KNOWN)
-def test_gradients_are_those_of_the_whole_model(base_of: Callable[[str], Path], method: str) -> None:
+def test_gradients_are_those_of_the_whole_model(base_of: Callable[[str], Path], method: str, hands: int) -> None:
     """To 1e-6 of the largest, of which a hundredth would already move the losses unseen."""
     base = base_of("bert")
     tokens, rows = tokens_of(base), np.arange(7)
     found = []
     for fast in (False, True):
         model = model_of(base, method).double()
+        stir(model, "default")  # at its start an adapter that changes nothing has no gradients but of what comes last
         training_mode(model)
         if fast:
             encoder = Encoder(model, torch.float64, plain_until=64)
             trunk = passes.Trunk(encoder, tokens, 0, CPU, Precision(CPU, low=False))
-            with encoder.in_place():
-                logits = AboveTrunk(trunk, passes.Crew(1)).logits(rows)
+            with encoder.in_place(), (crew := passes.Crew(hands)).at_work():
+                logits = AboveTrunk(trunk, crew).logits(rows)
+                logits.pow(2).sum().backward()
         else:
-            logits = model(**collate(tokens, rows, 0, CPU)).logits
-        logits.pow(2).sum().backward()
+            model(**collate(tokens, rows, 0, CPU)).logits.pow(2).sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     largest = max(float(grad.abs().max()) for grad in found[0].values() if grad is not None)
     for name, grad in found[0].items():
@@ -240,20 +253,53 @@ def test_what_reaches_into_attention_or_embeddings_is_left_to_the_whole_model(
     assert not Encoder.fits(model_of(base_of("bert"), method))
 
 
+def test_so_is_what_learns_of_tokens_that_the_head_does_not_read(base_of: Callable[[str], Path]) -> None:
+    assert not Encoder.fits(model_of(base_of("bert"), "pfeiffer", mask_rate=0.3))
+
+
+@pytest.mark.parametrize("means", [None, Means(), Means(tokens_at_once=40)])
+def test_layers_are_dropped_alike_on_every_way(
+    base_of: Callable[[str], Path], means: Means | None, cache: TrunkCache
+) -> None:
+    """AdapterDrop draws their number once a step: above a kept trunk, or one computed in its midst, and in parts."""
+    base = base_of("bert")
+    tokens = tokens_of(base)
+    kept, other = (
+        losses(model_of(base, "pfeiffer", drop_range=[0, 2], init_weights="bert"), tokens, each)
+        for each in (Means(cache, "base"), means)
+    )
+    assert other == pytest.approx(kept, abs=1e-4)
+    without = losses(model_of(base, "pfeiffer", init_weights="bert"), tokens, Means(cache, "base"))
+    assert kept != pytest.approx(without, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("low", [False, True])
+def test_prefixes_leave_room_for_the_longest_text(base_of: Callable[[str], Path], family: str, low: bool) -> None:
+    """In bfloat16 batches are widened, but not beyond the positions of a base, some of which a prefix takes."""
+    base = base_of(family)
+    model = model_of(base, "prefix", length=20)
+    longest = positions(model.config) - 20
+    tokens = Tokens([np.full(longest, 7, np.int32)] * 2, None, np.zeros(2, np.int64), np.zeros(2, np.int64))
+    assert Whole(model, tokens, 0, CPU, Precision(CPU, low), compile=False).logits(np.arange(2)).shape == (2, 2)
+
+
 def test_full_fine_tuning_and_other_families_are_left_to_the_whole_model(base_of: Callable[[str], Path]) -> None:
     assert not Encoder.fits(full_of(base_of("bert")))
     assert not Encoder.fits(model_of(base_of("distilbert"), "pfeiffer"))
 
 
 def test_a_model_in_the_block_still_computes_as_ever(base_of: Callable[[str], Path]) -> None:
-    model = model_of(base_of("bert"), "pfeiffer").eval()
-    inputs = collate(tokens_of(base_of("bert")), np.arange(5), 0, CPU)
+    model, tokens = model_of(base_of("bert"), "pfeiffer").eval(), tokens_of(base_of("bert"))
+    inputs = collate(tokens, np.arange(5), 0, CPU)
     with torch.no_grad():
         alone = model(**inputs).logits
         encoder = Encoder(model, torch.float32, 64)
         with encoder.in_place():
             assert torch.equal(model(**inputs).logits, alone)
         assert torch.equal(model(**inputs).logits, alone)
+        with passes.passes(model, tokens, tokens, 0, CPU, Precision(CPU, low=False), 16):
+            assert torch.equal(model(**inputs).logits, alone)
 
 
 @pytest.fixture
