@@ -173,7 +173,7 @@ def _none_if_empty(value: Any) -> Any:
 
 class ComputeConfig(Frozen):
     """Where jobs run and what they may use. Nothing here changes what is learned, except how sums are rounded and, with
-    several processes, which dropout masks full fine-tuning draws."""
+    several processes, threads or tokens_at_once, which dropout masks are drawn."""
 
     deployment: Annotated[Annotated[str, Field(pattern=r"^train/[\w.-]+$")] | None, BeforeValidator(_none_if_empty)] = (
         Field(None, description="train/local, train/cpu, train/gpu or train/k8s; by default subprocesses of this flow")

@@ -126,7 +126,8 @@ class Site(AdapterLayer):
         part = self._part(name)
         if part is None:
             return False
-        drawn = self._step.layers if self._step and part.training and part.config.drop_range else None
+        learns = part.training and part.config.drop_range and torch.is_grad_enabled()
+        drawn = self._step.layers if self._step and learns else None
         return self.index >= (part.config.drop_layers if drawn is None else drawn)
 
     def _part(self, name: str) -> Bottleneck | Fusion | None:
@@ -211,7 +212,7 @@ class Site(AdapterLayer):
         if isinstance(part, Bottleneck):
             h, x = _like(part, h), _like(part, x)
             made: torch.Tensor = part(*part.reads(h, x, norm))
-            if self._step and part.mask_loss is not None:
+            if self._step and part.mask_loss is not None and torch.is_grad_enabled():
                 self._step.losses.append(part.config.mask_weight * part.mask_loss)
                 part.mask_loss = None
             return made

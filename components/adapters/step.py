@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Step:
-    """layers: how many do without their adapters in this step; None, as many as the configuration says.
+    """layers: how many do without their adapters while this step learns; None, as many as the configuration says.
     losses: what adapters add to the task's loss, weighted.  ranges: by adapter, for AdapterDrop.
     """
 
@@ -20,12 +20,20 @@ class Step:
         self.losses: list[torch.Tensor] = []
         self.ranges: dict[str, tuple[int, int]] = {}
         self.random = random.Random(torch.initial_seed())  # noqa: S311  # no secret
+        self.seed: str | None = None  # of the step under way, where somebody counts them
 
     def begin(self, active: list[str]) -> None:
-        """Of the active adapter's range, both ends included; nothing is drawn where nothing is learned."""
+        """A forward pass. Of the active adapter's range, both ends included; all passes of a step draw alike.
+
+        One that learns nothing is none of its: a trunk may be computed in the midst of one that does.
+        """
+        if not torch.is_grad_enabled():
+            return
         self.losses.clear()
+        if self.seed is not None:
+            self.random.seed(self.seed)
         drawn = [self.ranges[name] for name in active if name in self.ranges]
-        self.layers = self.random.randint(*drawn[0]) if drawn and torch.is_grad_enabled() else None
+        self.layers = self.random.randint(*drawn[0]) if drawn else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
         copied = Step()
@@ -42,6 +50,8 @@ def steps_of(model: nn.Module) -> list[Step]:
 
 
 def reseed(steps: Sequence[Step], seed: int, step: int) -> None:
-    """From here on their PEFT model draws what it would draw in this step in any other process, or when resumed."""
+    """From here on their PEFT model draws what it would draw in this step in any other process, or when resumed, and in
+    each part of the batch.
+    """
     for each in steps:
-        each.random.seed(f"{seed} {step}")  # a sum would give one seed the draws of another
+        each.seed = f"{seed} {step}"  # a sum would give one seed the draws of another

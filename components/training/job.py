@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components import cache, disk, storage
+from components import cache, digest, disk, storage
 from components.errors import AdapterlineError, ConfigError
 from components.methods import members_of
 from components.registry import bundle
@@ -216,7 +216,8 @@ def _means(spec: JobSpec) -> Means:
 
     limit = int(spec.limits.trunk_cache_gb * 1e9)
     kept = TrunkCache(cache.folder(), limit) if limit else None
-    return Means(kept, spec.base.weights_sha256, spec.limits.compile, spec.limits.tokens_at_once)
+    frozen = [spec.base.weights_sha256, *(member.digest for member in members_of(spec.settings))]
+    return Means(kept, digest.of_json(frozen), spec.limits.compile, spec.limits.tokens_at_once)
 
 
 def _model(spec: JobSpec, base: BaseModel, device: torch.device) -> tuple[nn.Module, int]:

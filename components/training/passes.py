@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from components.adapters.parameters import is_adapted
 from components.adapters.places import positions
 from components.training.batching import LEARNED_AT_ONCE, Tokens, collate
 from components.training.compiled import Compiled
@@ -58,10 +59,14 @@ class Whole:
     ) -> None:
         self._model = Compiled(model) if compile else model
         self._tokens, self._padding, self._device = tokens, padding, device
-        self._precision, self._lengths, self._positions = precision, tokens.lengths, positions(model.config)
+        self._precision, self._lengths = precision, tokens.lengths
+        configs = model.peft_config.values() if is_adapted(model) else ()
+        before = max((each.num_virtual_tokens for each in configs if each.is_prompt_learning), default=0)
+        self._positions = positions(model.config) - before  # some families count those of prefixes
 
     def logits(self, rows: Rows) -> torch.Tensor:
-        tokens = min(width(self._lengths[rows], self._precision.dtype), self._positions)
+        lengths = self._lengths[rows]
+        tokens = max(lengths.max(), min(width(lengths, self._precision.dtype), self._positions))
         inputs = collate(self._tokens, rows, self._padding, self._device, tokens)
         with self._precision.forward(tokens):
             logits: torch.Tensor = self._model(**inputs).logits
@@ -159,7 +164,7 @@ def passes(
     alone = device.type != "cpu" or encoder.draws
     crew = Crew(1 if alone else min(torch.get_num_threads(), max(1, batch // ROWS_EACH)))
     trunks = Trunk(encoder, train, padding, device, precision), Trunk(judge, validation, padding, device, exact)
-    with encoder.in_place(), judge.in_place(), crew.at_work():
+    with encoder.in_place(), judge.in_place() if judge is not encoder else nullcontext(), crew.at_work():
         if means.cache is not None:
             trunks[0].keep(means.cache, means.base, crew)
         at_once = means.tokens_at_once or (LEARNED_AT_ONCE if device.type == "cpu" else None)

@@ -26,8 +26,8 @@ class Limits(Frozen):
     """What the job may use. Nothing here but the device changes more than how sums are rounded.
 
     processes: data-parallel, each with its share of every batch; batch size and number of steps stay what they are.
-    Where there is dropout, other masks of the same kind are drawn.  trunk_cache_gb, tokens_at_once, compile: as in
-    ComputeConfig.
+    Where there is dropout, they and tokens_at_once draw other masks of the same kind.  trunk_cache_gb, tokens_at_once,
+    compile: as in ComputeConfig.
     """
 
     threads: int

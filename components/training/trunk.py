@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import partial
+from importlib import metadata
 
 import numpy as np
 import numpy.typing as npt
@@ -17,15 +18,17 @@ from components.training.packing import Packing
 from components.training.precision import Precision
 from components.training.trunk_cache import Store, TrunkCache
 
-# What the states follow from, beside base, tokens and cut.
+# What the states follow from, beside frozen weights, tokens and cut.
 CODE = (
+    "training/batching",
     "training/encoder",
     "training/frozen",
     "training/packing",
     "training/trunk",
-    "adapters/families",
-    "adapters/layer",
+    "adapters",
+    "base_model",
 )
+LIBRARIES = ("torch", "transformers", "peft")
 
 
 class Trunk:
@@ -41,9 +44,10 @@ class Trunk:
         self.is_kept = False  # or was to be, without room for it
 
     def digest(self, base: str) -> str:
-        """Of all that the states follow from. base: digest of the weights."""
+        """Of all that the states follow from. base: digest of the frozen weights."""
         about = [base, tokens_digest(self._tokens), str(self.encoder.cut), str(self.precision.dtype), self._device.type]
-        return digest.of_json([*about, digest.of_code(*CODE)])
+        versions = [metadata.version(name) for name in LIBRARIES]
+        return digest.of_json([*about, *versions, digest.of_code(*CODE)])
 
     def keep(self, cache: TrunkCache, base: str, crew: Crew) -> None:
         """Read the states from the cache from now on, computing them first if it has not got them; it may have no room.

@@ -96,6 +96,25 @@ def test_a_bundle_holds_fusion_and_head_alone(fused: dict[str, Path], kind: str)
     assert len(list(fused[kind].glob("*.safetensors"))) == 2  # these and the predictions
 
 
+def test_fusions_of_other_members_share_no_trunk(
+    lively_base: Path, data: DataRef, two: list[Member], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of fixed weights learns nothing in the layers: all of them are trunk, with the members in it."""
+    monkeypatch.setenv("ADAPTERLINE_CACHE", str(tmp_path / "cache"))
+    clara = member(finished(lively_base, data, "pfeiffer", tmp_path / "clara", epochs=2, seed=2), "clara")
+    found = {}
+    for gigabytes in (1.0, 0.0):
+        for number, each in enumerate((two, [two[0], clara])):
+            spec = fusion_spec(lively_base, data, each, "average", epochs=1)
+            spec = spec.model_copy(update={"limits": spec.limits.model_copy(update={"trunk_cache_gb": gigabytes})})
+            out = tmp_path / f"{number}-{gigabytes}"
+            job.run(spec, str(out), silent)
+            found[number, gigabytes] = json.loads((out / "metrics.json").read_bytes())["history"][0]["train_loss"]
+    for number in (0, 1):
+        assert found[number, 1.0] == pytest.approx(found[number, 0.0], abs=1e-6)
+    assert found[0, 1.0] != pytest.approx(found[1, 1.0], abs=1e-6)
+
+
 def test_a_bundle_names_what_it_stands_on(fused: dict[str, Path], two: list[Member]) -> None:
     manifest = bundle.read_manifest(fused["dynamic"])
     assert list(manifest.members) == two
