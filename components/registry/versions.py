@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from components import forks, storage
-from components.errors import BundleError, RegistryError
+from components.errors import BundleError, RegistryError, RegistryUnavailable
 from components.methods import Member
 from components.registry import bundle, members
 from components.registry.tracking import Tracking, calls, load_mlflow, pages
+from components.serving.score import AWAY
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -159,7 +160,8 @@ def answering(tracking: Tracking, name: str, run_digest: str) -> Version | None:
 def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ...]) -> npt.NDArray[np.float32]:
     """Probabilities of a registered version for rows, computed in a fresh process, (rows, labels).
 
-    A label that the version does not know gets probability 0. Raises RegistryError when it cannot be loaded.
+    A label that the version does not know gets probability 0. Raises RegistryError when it cannot be loaded,
+    RegistryUnavailable when that is because its store does not answer.
     """
     return examined(tracking, version, rows, labels, ())[0]
 
@@ -188,7 +190,8 @@ def examined(
         done = forks.run(command, {**os.environ, "MLFLOW_TRACKING_URI": tracking.uri}, folder)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RegistryError(f"{version} to load and predict", last, "see the message; the version is not used")
+            kind = RegistryUnavailable if done.returncode == AWAY else RegistryError
+            raise kind(f"{version} to load and predict", last, "see the message; the version is not used")
         with safe_open(out, "numpy") as file:
             about = file.metadata()
             known = json.loads(about["labels"])

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 PREFIX = "probability_"
+# The exit code where a server did not answer: later it may. Any other failure is 1.
+AWAY = 75
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -56,9 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         if type(error).__module__.startswith("mlflow"):
             found = str(error).splitlines()[0]
             return _refuse(f"expected a registered version {options.version}; found: {found} Check name and alias")
-        return _refuse(
-            f"expected {options.version} to predict; found {type(error).__name__}; see the MLflow server's log"
-        )
+        found = type(error).__name__
+        line = f"expected {options.version} to predict; found {found}; see the MLflow server's log"
+        return _refuse(line, AWAY if _is_away(error) else 1)
     return 0
 
 
@@ -91,9 +93,16 @@ def _score(model: Any, rows: Path, out: Path) -> None:
     save_file({"probabilities": np.ascontiguousarray(answer[columns].to_numpy(np.float32))}, out, about)
 
 
-def _refuse(line: str) -> int:
+def _is_away(error: Exception) -> bool:
+    """Is it the store that cannot be reached?"""
+    from botocore import exceptions
+
+    return isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError)
+
+
+def _refuse(line: str, code: int = 1) -> int:
     print(line, file=sys.stderr)
-    return 1
+    return code
 
 
 if __name__ == "__main__":
