@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -126,6 +128,26 @@ def test_a_cut_pair_loses_words_of_the_longer_text_only(
 def test_so_it_is_of_a_pair(tokenizer: PreTrainedTokenizerFast) -> None:
     cut = [tokenise(pair(5, count), tokenizer, max_tokens=12).cut[0] for count in (4, 5, 30)]
     assert cut == [0, 1, 26]
+
+
+def test_threads_with_one_tokenizer_cut_each_at_its_own_length(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a server that answers with several models."""
+    texts, limits = texts_of(3, 40), [8, 16, 64] * 4
+    expected = [tokenise(texts, tokenizer, limit) for limit in limits]
+    set_at_once = tokenizer.set_truncation_and_padding
+
+    def set_slowly(**state: Any) -> None:
+        set_at_once(**state)
+        time.sleep(0.005)  # in which another thread would set its own
+
+    monkeypatch.setattr(tokenizer, "set_truncation_and_padding", set_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda limit: tokenise(texts, tokenizer, limit), limits))
+    for one, other in zip(found, expected, strict=True):
+        assert [row.tolist() for row in one.ids] == [row.tolist() for row in other.ids]
+        assert one.cut.tolist() == other.cut.tolist()
 
 
 def test_token_types_tell_the_texts_apart(tokenizer: PreTrainedTokenizerFast) -> None:
