@@ -43,6 +43,11 @@ class Ragged(Sequence[npt.NDArray[np.int32]]):
     def __getitem__(self, row: Any) -> Any:
         return self._values[self._starts[row] : self._starts[row + 1]]
 
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        starts: npt.NDArray[np.int64] = self._starts
+        return np.diff(starts)
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -58,6 +63,8 @@ class Tokens:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
+        if isinstance(self.ids, Ragged):
+            return self.ids.lengths
         return np.array([len(row) for row in self.ids], dtype=np.int64)
 
 

@@ -15,7 +15,16 @@ from datasets import Dataset
 
 from components import base_model
 from components.config import BaseConfig
-from components.training.batching import Tokens, bounded_batches, collate, parts, tokenise, training_batches, widened
+from components.training.batching import (
+    Ragged,
+    Tokens,
+    bounded_batches,
+    collate,
+    parts,
+    tokenise,
+    training_batches,
+    widened,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -156,6 +165,16 @@ def test_token_types_tell_the_texts_apart(tokenizer: PreTrainedTokenizerFast) ->
     tokens = tokenise(pair(3, 2), typed, max_tokens=32)
     assert tokens.types is not None
     assert tokens.types[0].tolist() == [0] * 5 + [1] * 3
+
+
+def test_lengths_are_known_without_a_look_at_each_row(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tokenise(texts_of(3, 0, 40, 5), tokenizer, max_tokens=8)
+    expected = [len(row) for row in tokens.ids]
+    monkeypatch.setattr(Ragged, "__getitem__", None)
+    assert tokens.lengths.tolist() == expected == [5, 2, 8, 7]
+    assert tokens.lengths.dtype == np.int64
 
 
 def test_labels_keep_their_order(tokenizer: PreTrainedTokenizerFast) -> None:
