@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from components import cache, disk
+from components.errors import StorageError
 
 Rows = npt.NDArray[np.int64]
 
@@ -53,17 +54,27 @@ class Store:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def read(self, rows: Rows, starts: Rows, tokens: int) -> list[torch.Tensor]:
-        """(tokens, hidden) each, with zeros where no row is. starts: (rows,), where the rows are to start."""
+        """(tokens, hidden) each, with zeros where no row is. starts: (rows,), where the rows are to start.
+
+        Raises StorageError when the file was cut short meanwhile.
+        """
         found = [torch.zeros(tokens, self._hidden, dtype=self._dtype) for _ in range(self._states)]
         for number, state in enumerate(found):
             for row, start, length in self._parts(rows, starts):
-                os.preadv(self._file.fileno(), [_bytes(state[start : start + length])], self._place(number, row))
+                content = _bytes(state[start : start + length])
+                got = os.preadv(self._file.fileno(), [content], self._place(number, row))
+                if got != content.nbytes:
+                    raise self._cut_short(content.nbytes, got)
         return found
 
     def _parts(self, rows: Rows, starts: Rows) -> Iterator[tuple[int, int, int]]:
         """Of each row its number, start and length."""
         lengths = self._starts[rows + 1] - self._starts[rows]
         return zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+
+    def _cut_short(self, expected: int, found: int) -> StorageError:
+        todo = "run the same again: a file that is not whole is computed anew"
+        return StorageError(f"{expected} bytes of a row in {self._file.name}", f"{found}", todo)
 
     def _place(self, state: int, row: int) -> int:
         """Of a row's first byte."""

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from components.errors import StorageError
 from components.training.trunk_cache import FOLDER, Store, TrunkCache
 
 LENGTHS = np.array([3, 1, 4, 2])
@@ -79,6 +80,15 @@ def test_a_file_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
     store = opened(TrunkCache(tmp_path, 10**6), "one")
     assert store is not None
     assert torch.equal(read(store, [2])[0], states_of([2], 0.0)[0])
+
+
+@pytest.mark.parametrize("left", [0, BYTES // 2 + 4, BYTES - 4])
+def test_a_file_that_is_cut_short_while_it_is_read_is_told(tmp_path: Path, left: int) -> None:
+    store = opened(TrunkCache(tmp_path, 10**6), "one")
+    assert store is not None
+    os.truncate(tmp_path / FOLDER / "one.states", left)
+    with pytest.raises(StorageError, match=r"bytes of a row in .*one\.states; found"):
+        read(store, [0, 1, 2, 3])
 
 
 def test_what_broke_off_while_it_was_written_leaves_nothing(tmp_path: Path) -> None:
