@@ -96,3 +96,11 @@ def columns(
         for code, label in enumerate(labels[model]):
             made[f"{prefix}probability_{label}"] = pa.array(probabilities[:, code], mask=missing)
     return made
+
+
+def names(labels: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Of the columns of models with these labels."""
+    import numpy as np
+
+    of_no_rows = {model: np.zeros((0, len(each)), np.float32) for model, each in labels.items()}
+    return list(columns(of_no_rows, labels, np.zeros(0, bool)))

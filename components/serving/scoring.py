@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from components import storage
 from components.config import Columns
 from components.data import files
-from components.errors import DataError
-from components.serving.answers import columns, writing
+from components.errors import ConfigError, DataError
+from components.serving.answers import columns, names, writing
 from components.serving.models import Models
 from components.serving.settings import ScoreConfig
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # A window ends with either. Tokenising takes some hundred bytes a token, so it is the bytes that bound the memory.
 WINDOW_ROWS, WINDOW_BYTES = 4_096, 1 << 22
 BLOCK = 1 << 24
+ROW = "row"  # the column of rows' numbers
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,16 @@ def score(config: ScoreConfig, models: Models, report: Callable[[Progress], None
 
     report: told after each window.  Returns where that ended.
 
-    Raises DataError for files that are not right, StorageError for places that are not; nothing is at `out` then.
+    Raises ConfigError for an id named as another column of the answers, DataError for files that are not right,
+    StorageError for places that are not; nothing is at `out` then.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
     from datasets import Dataset
 
+    if config.id in (ROW, *names(models.labels)):
+        wanted_id = "an id of another name than columns of the answers have"
+        raise ConfigError(wanted_id, config.id, "rename that column of the source, or score without an id")
     wanted = Columns(text=config.text, text_pair=config.text_pair, label="", id=config.id)
     begin, done = time.monotonic(), Progress(0, 0, 0)
     with _local(config.source) as source, writing(config.out) as answers:
@@ -71,7 +76,7 @@ def score(config: ScoreConfig, models: Models, report: Callable[[Progress], None
             blank = reduce(pc.or_, map(_blank, texts.values()))
             filled = pa.table({name: column.fill_null("") for name, column in texts.items()})
             found = models.answers(Dataset(filled))
-            of_source = {"row": pa.array(range(done.rows, done.rows + len(window)), pa.int64())}
+            of_source = {ROW: pa.array(range(done.rows, done.rows + len(window)), pa.int64())}
             if config.id:
                 of_source[config.id] = window[config.id]
             mask = blank.to_numpy()

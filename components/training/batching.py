@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ BUCKET = 50
 AT_ONCE = {"cpu": 512, "cuda": 16_384}
 # And where an adapter learns, on CPUs: more is no faster there, and keeps more activations.
 LEARNED_AT_ONCE = 1024
+# Held by the thread that tokenises: where texts are cut is a state of the tokenizer, and threads of a server share it.
+# One lock does for all tokenizers, since each works on all cores by itself.
+_TOKENISING = threading.Lock()
 
 
 class Ragged(Sequence[npt.NDArray[np.int32]]):
@@ -39,6 +43,11 @@ class Ragged(Sequence[npt.NDArray[np.int32]]):
     def __getitem__(self, row: Any) -> Any:
         return self._values[self._starts[row] : self._starts[row + 1]]
 
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        starts: npt.NDArray[np.int64] = self._starts
+        return np.diff(starts)
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -54,6 +63,8 @@ class Tokens:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
+        if isinstance(self.ids, Ragged):
+            return self.ids.lengths
         return np.array([len(row) for row in self.ids], dtype=np.int64)
 
 
@@ -67,21 +78,22 @@ def tokenise(table: Dataset, tokenizer: PreTrainedTokenizerFast, max_tokens: int
     cut: list[npt.NDArray[np.int64]] = []
     for batch in table.iter(batch_size=1_000):
         texts, pairs = list(batch["text"]), list(batch["text_pair"]) if "text_pair" in batch else None
-        encoded = tokenizer(
-            texts,
-            text_pair=pairs,
-            truncation=True,  # of a pair, the longer text
-            max_length=max_tokens,
-            padding=False,
-            return_attention_mask=False,
-        )
+        beyond = np.zeros(len(texts), dtype=np.int64)
+        with _TOKENISING:
+            encoded = tokenizer(
+                texts,
+                text_pair=pairs,
+                truncation=True,  # of a pair, the longer text
+                max_length=max_tokens,
+                padding=False,
+                return_attention_mask=False,
+            )
+            if long := [index for index, row in enumerate(encoded.encodings) if row.overflowing]:
+                whole = tokenizer([texts[at] for at in long], text_pair=[pairs[at] for at in long] if pairs else None)
+                beyond[long] = [len(row) - max_tokens for row in whole["input_ids"]]
         ids.append(pa.array(encoded["input_ids"], kind))
         if "token_type_ids" in encoded:
             types.append(pa.array(encoded["token_type_ids"], kind))
-        beyond = np.zeros(len(texts), dtype=np.int64)
-        if long := [index for index, row in enumerate(encoded.encodings) if row.overflowing]:
-            whole = tokenizer([texts[at] for at in long], text_pair=[pairs[at] for at in long] if pairs else None)
-            beyond[long] = [len(row) - max_tokens for row in whole["input_ids"]]
         cut.append(beyond)
     labels = np.asarray(table["label"][:] if "label" in table.column_names else [0] * len(table), dtype=np.int64)
     return Tokens(

@@ -7,7 +7,7 @@ summed in the order of the rows, so the result does not depend on who was faster
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -29,6 +29,9 @@ class Crew:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """For the length of the block operations are left to the core of the thread that calls them."""
+        if self.hands == 1:
+            yield
+            return
         before = torch.get_num_threads()
         torch.set_num_threads(max(1, before // self.hands))
         with ThreadPoolExecutor(self.hands, "crew") as self._pool:
@@ -39,10 +42,20 @@ class Crew:
                 torch.set_num_threads(before)
 
     def each(self, work: Sequence[Callable[[], T]]) -> list[T]:
-        """What the pieces of work return, done side by side."""
+        """What the pieces of work return, done side by side.
+
+        After an error in one, or Ctrl-C, no other is begun, and none is at work any more: what they write to may go.
+        """
         if self._pool is None or len(work) == 1:
             return [piece() for piece in work]
-        return [done.result() for done in [self._pool.submit(piece) for piece in work]]
+        pieces: list[Future[T]] = []
+        try:
+            pieces.extend(self._pool.submit(piece) for piece in work)
+            return [piece.result() for piece in pieces]
+        finally:
+            for piece in pieces:
+                piece.cancel()
+            wait(pieces)
 
     def together(self, parts: Sequence[Part], parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
         """The parts' outputs one below the other, made side by side; so are the parameters' gradients."""

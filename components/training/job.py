@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from components import cache, digest, disk, storage
-from components.errors import AdapterlineError, ConfigError
+from components.errors import AdapterlineError, ConfigError, StorageError
 from components.methods import members_of
 from components.registry import bundle
 from components.training import distributed, memory, progress
@@ -215,7 +215,10 @@ def _means(spec: JobSpec) -> Means:
     from components.training.trunk_cache import TrunkCache
 
     limit = int(spec.limits.trunk_cache_gb * 1e9)
-    kept = TrunkCache(cache.folder(), limit) if limit else None
+    try:
+        kept = TrunkCache(cache.folder(), limit) if limit else None
+    except StorageError:  # in a container without one, say
+        kept = None
     frozen = [spec.base.weights_sha256, *(member.digest for member in members_of(spec.settings))]
     return Means(kept, digest.of_json(frozen), spec.limits.compile, spec.limits.tokens_at_once)
 

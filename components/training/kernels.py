@@ -10,6 +10,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from components import cache, digest
+from components.errors import StorageError
 from components.training.frozen import Attention, FeedForward
 from components.training.packing import Packing
 
@@ -66,17 +68,23 @@ class Kernels:
 
 
 def chosen(device: torch.device, shape: Shape, precisions: tuple[torch.dtype, ...]) -> Kernels:
-    """precisions: one that is asked for, or several to choose from. What was measured is kept in the cache folder."""
+    """precisions: one that is asked for, or several to choose from.
+
+    What was measured is kept in the cache folder. Where nothing can be written, it is not, and nothing fails.
+    """
     if shape.hidden < SMALL:
         return Kernels(precisions == (torch.bfloat16,), WIDTHS[-1], 0)
     code = digest.of_code("training/kernels", "training/frozen", "training/packing")
     about = [name_of(device), torch.__version__, asdict(shape), [str(each) for each in precisions], code]
-    path = cache.folder() / "kernels" / f"{digest.of_json(about)[:32]}.json"
+    try:
+        path = cache.folder() / "kernels" / f"{digest.of_json(about)[:32]}.json"
+    except StorageError:  # in a container without one, say
+        return measure(device, shape, precisions)
     try:
         return Kernels(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError):  # not there yet, or damaged: measured again
         measured = measure(device, shape, precisions)
-    with cache.writing(path) as file:
+    with suppress(OSError), cache.writing(path) as file:
         file.write(json.dumps(asdict(measured)).encode())
     return measured
 

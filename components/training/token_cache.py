@@ -69,10 +69,13 @@ def _write(path: Path, tokens: Tokens) -> None:
     table = pa.table(columns)
     if table.nbytes > LIMIT:
         return
-    with suppress(OSError):
-        cache.make_room(path.parent, ENDING, LIMIT - table.nbytes)
-        with cache.writing(path) as file, pa.ipc.new_file(file, table.schema) as writer:
-            writer.write_table(table)
+    with (
+        suppress(OSError),
+        cache.room(path.parent, ENDING, LIMIT - table.nbytes),
+        cache.writing(path) as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
+        writer.write_table(table)
 
 
 def _lists(rows: Sequence[Any]) -> pa.Array:

@@ -2,19 +2,20 @@
 
     CACHE/trunk/DIGEST.states     complete: it got this name when everything was in it
     CACHE/trunk/DIGEST.lock       held by the one who writes; a second one waits, and then reads
+    CACHE/trunk/….new             unfinished, of its full size from the start; locked as long as its writer lives
+    CACHE/trunk.lock              held by the one who makes room
 
-All files together stay below a limit; those that were used longest ago go first. A job that reads one which goes
-meanwhile keeps what it has open.
+All files together, unfinished ones too, stay below a limit; those that were used longest ago go first. A job that reads
+one which goes meanwhile keeps what it has open.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from components import cache, disk
+from components.errors import StorageError
 
 Rows = npt.NDArray[np.int64]
 
@@ -52,17 +54,27 @@ class Store:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def read(self, rows: Rows, starts: Rows, tokens: int) -> list[torch.Tensor]:
-        """(tokens, hidden) each, with zeros where no row is. starts: (rows,), where the rows are to start."""
+        """(tokens, hidden) each, with zeros where no row is. starts: (rows,), where the rows are to start.
+
+        Raises StorageError when the file was cut short meanwhile.
+        """
         found = [torch.zeros(tokens, self._hidden, dtype=self._dtype) for _ in range(self._states)]
         for number, state in enumerate(found):
             for row, start, length in self._parts(rows, starts):
-                os.preadv(self._file.fileno(), [_bytes(state[start : start + length])], self._place(number, row))
+                content = _bytes(state[start : start + length])
+                got = os.preadv(self._file.fileno(), [content], self._place(number, row))
+                if got != content.nbytes:
+                    raise self._cut_short(content.nbytes, got)
         return found
 
     def _parts(self, rows: Rows, starts: Rows) -> Iterator[tuple[int, int, int]]:
         """Of each row its number, start and length."""
         lengths = self._starts[rows + 1] - self._starts[rows]
         return zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+
+    def _cut_short(self, expected: int, found: int) -> StorageError:
+        todo = "run the same again: a file that is not whole is computed anew"
+        return StorageError(f"{expected} bytes of a row in {self._file.name}", f"{found}", todo)
 
     def _place(self, state: int, row: int) -> int:
         """Of a row's first byte."""
@@ -97,29 +109,33 @@ class TrunkCache:
 
         if size > self._limit:
             return None
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._folder / f"{name}{ENDING}"
-        with _alone(path.with_suffix(".lock")):
+        with cache.alone(path.with_suffix(".lock")):
             file = _whole(path, size)
             if file is None:
-                cache.make_room(self._folder, ENDING, self._limit - size)
-                if size > SHARE * shutil.disk_usage(self._folder).free:
-                    return None
                 try:
-                    with cache.writing(path) as written:
-                        # A disk that is full says so before anything is computed.
-                        os.posix_fallocate(written.fileno(), 0, size)
-                        fill(store(written))
-                        os.fsync(written.fileno())
+                    self._write(path, size, lambda written: fill(store(written)))
                 except OSError as error:
                     if disk.full(error):
                         return None
                     raise
                 file = _whole(path, size)
-            if file is None:  # another job made room of it at once
+            if file is None:  # there was too little room, or another job made room of it at once
                 return None
             os.utime(file.fileno())
             return store(file)
+
+    def _write(self, path: Path, size: int, fill: Callable[[BinaryIO], None]) -> None:
+        """Nothing, where it would take too much of the disk. Raises OSError when there is no room."""
+        with ExitStack() as unfinished:
+            with cache.room(self._folder, ENDING, self._limit - size):
+                if size > SHARE * shutil.disk_usage(self._folder).free:
+                    return
+                file = unfinished.enter_context(cache.writing(path))
+                # A disk that is full says so before anything is computed, and others count all of it from here on.
+                os.posix_fallocate(file.fileno(), 0, size)
+            fill(file)
+            os.fsync(file.fileno())
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -137,10 +153,3 @@ def _whole(path: Path, size: int) -> BinaryIO | None:
         return file
     file.close()
     return None
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

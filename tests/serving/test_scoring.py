@@ -187,6 +187,14 @@ def test_rows_that_are_no_texts_are_refused(
     assert not (tmp_path / "out.parquet").exists()
 
 
+@pytest.mark.parametrize("name", ["row", "label", "probability_good"])
+def test_an_id_that_would_take_the_place_of_another_column_is_refused_before_a_row_is_read(
+    name: str, one: Models, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"columns of the answers have; found {name}; rename"):
+        scored(one, tmp_path / "no such source.csv", tmp_path / "out.parquet", id=name)
+
+
 def test_a_place_where_nothing_can_be_written_is_refused_before_a_row_is_read(one: Models, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="a place to write"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,16 @@ from datasets import Dataset
 
 from components import base_model
 from components.config import BaseConfig
-from components.training.batching import Tokens, bounded_batches, collate, parts, tokenise, training_batches, widened
+from components.training.batching import (
+    Ragged,
+    Tokens,
+    bounded_batches,
+    collate,
+    parts,
+    tokenise,
+    training_batches,
+    widened,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -128,12 +139,42 @@ def test_so_it_is_of_a_pair(tokenizer: PreTrainedTokenizerFast) -> None:
     assert cut == [0, 1, 26]
 
 
+def test_threads_with_one_tokenizer_cut_each_at_its_own_length(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of a server that answers with several models."""
+    texts, limits = texts_of(3, 40), [8, 16, 64] * 4
+    expected = [tokenise(texts, tokenizer, limit) for limit in limits]
+    set_at_once = tokenizer.set_truncation_and_padding
+
+    def set_slowly(**state: Any) -> None:
+        set_at_once(**state)
+        time.sleep(0.005)  # in which another thread would set its own
+
+    monkeypatch.setattr(tokenizer, "set_truncation_and_padding", set_slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda limit: tokenise(texts, tokenizer, limit), limits))
+    for one, other in zip(found, expected, strict=True):
+        assert [row.tolist() for row in one.ids] == [row.tolist() for row in other.ids]
+        assert one.cut.tolist() == other.cut.tolist()
+
+
 def test_token_types_tell_the_texts_apart(tokenizer: PreTrainedTokenizerFast) -> None:
     typed = copy.deepcopy(tokenizer)
     typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     tokens = tokenise(pair(3, 2), typed, max_tokens=32)
     assert tokens.types is not None
     assert tokens.types[0].tolist() == [0] * 5 + [1] * 3
+
+
+def test_lengths_are_known_without_a_look_at_each_row(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tokenise(texts_of(3, 0, 40, 5), tokenizer, max_tokens=8)
+    expected = [len(row) for row in tokens.ids]
+    monkeypatch.setattr(Ragged, "__getitem__", None)
+    assert tokens.lengths.tolist() == expected == [5, 2, 8, 7]
+    assert tokens.lengths.dtype == np.int64
 
 
 def test_labels_keep_their_order(tokenizer: PreTrainedTokenizerFast) -> None:

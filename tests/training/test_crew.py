@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -74,3 +75,30 @@ def test_threads_of_operations_are_as_before_afterwards() -> None:
     with pytest.raises(ZeroDivisionError), Crew(2).at_work():
         _ = 1 / 0
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_after_an_error_nothing_is_begun_and_nothing_is_at_work(error: type[BaseException]) -> None:
+    begun: list[int] = []
+    ended: list[int] = []
+
+    def piece(number: int) -> None:
+        begun.append(number)
+        if number == 0:
+            raise error
+        time.sleep(0.02)
+        ended.append(number)
+
+    crew = Crew(2)
+    with crew.at_work():
+        with pytest.raises(error):
+            crew.each([partial(piece, number) for number in range(100)])
+        assert {*begun} - {0} == {*ended}
+        assert len(ended) < 50  # the other hand goes on until the error is told
+        assert crew.each([partial(int, "7"), partial(int, "8")]) == [7, 8]
+
+
+def test_one_hand_is_the_thread_that_calls() -> None:
+    crew = Crew(1)
+    with crew.at_work():
+        assert crew.each([threading.get_ident] * 2) == [threading.get_ident()] * 2

@@ -15,7 +15,7 @@ from components import forks
 from components.errors import AdapterlineError, BaseModelError, ConfigError, DataError
 from components.registry import bundle
 from components.training import job, progress
-from components.training.spec import DataRef, JobSpec, parse
+from components.training.spec import DataRef, JobSpec, Limits, parse
 from tests.conftest import make_base
 from tests.training.toy_jobs import RATES, finished, silent, toy_spec
 
@@ -96,6 +96,15 @@ def test_a_finished_job_is_not_run_again(bundles: dict[str, Path], lively_base: 
     before = {path: path.stat().st_mtime_ns for path in bundles["pfeiffer"].rglob("*")}
     job.run(toy_spec(lively_base, data, "pfeiffer", epochs=15), str(bundles["pfeiffer"]), silent)
     assert {path: path.stat().st_mtime_ns for path in bundles["pfeiffer"].rglob("*")} == before
+
+
+def test_a_job_needs_no_cache_folder(
+    lively_base: Path, data: DataRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADAPTERLINE_CACHE", "/proc/nobody/writes/here")
+    limits = Limits(threads=1, device="cpu", trunk_cache_gb=1)
+    out = finished(lively_base, data, "pfeiffer", tmp_path / "out", epochs=1, limits=limits)
+    assert bundle.read_manifest(out).method == "pfeiffer"
 
 
 def test_where_the_data_lie_makes_no_other_job(lively_base: Path, data: DataRef) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,20 @@ def test_a_damaged_record_is_measured_again(tmp_path: Path, damage: bytes) -> No
     record.write_bytes(damage)
     assert isinstance(chosen(CPU, SHAPE, BOTH), Kernels)
     assert record.read_bytes() != damage
+
+
+def test_without_a_cache_folder_nothing_is_kept_and_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERLINE_CACHE", "/proc/nobody/writes/here")
+    assert isinstance(chosen(CPU, SHAPE, BOTH), Kernels)
+
+
+def test_a_full_disk_keeps_nothing_and_fails_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert isinstance(chosen(CPU, SHAPE, BOTH), Kernels)
+    assert not list((tmp_path / "kernels").iterdir())
 
 
 def test_another_shape_or_precision_is_another_measurement(tmp_path: Path) -> None:

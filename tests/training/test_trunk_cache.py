@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from components.errors import StorageError
 from components.training.trunk_cache import FOLDER, Store, TrunkCache
 
 LENGTHS = np.array([3, 1, 4, 2])
@@ -80,6 +82,15 @@ def test_a_file_that_was_cut_short_is_written_again(tmp_path: Path) -> None:
     assert torch.equal(read(store, [2])[0], states_of([2], 0.0)[0])
 
 
+@pytest.mark.parametrize("left", [0, BYTES // 2 + 4, BYTES - 4])
+def test_a_file_that_is_cut_short_while_it_is_read_is_told(tmp_path: Path, left: int) -> None:
+    store = opened(TrunkCache(tmp_path, 10**6), "one")
+    assert store is not None
+    os.truncate(tmp_path / FOLDER / "one.states", left)
+    with pytest.raises(StorageError, match=r"bytes of a row in .*one\.states; found"):
+        read(store, [0, 1, 2, 3])
+
+
 def test_what_broke_off_while_it_was_written_leaves_nothing(tmp_path: Path) -> None:
     def break_off(store: Store) -> None:
         raise KeyboardInterrupt
@@ -127,6 +138,56 @@ def test_what_is_larger_than_the_limit_is_not_kept_and_takes_nothing_away(tmp_pa
 def test_a_disk_that_has_too_little_room_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, BYTES))  # type: ignore[attr-defined]
     assert opened(TrunkCache(tmp_path, 10**6), "one", never) is None
+
+
+def test_what_another_is_writing_counts(tmp_path: Path) -> None:
+    cache = TrunkCache(tmp_path, 2 * BYTES - 1)
+
+    def meanwhile(store: Store) -> None:
+        assert opened(cache, "two", never) is None
+        fill(store)
+
+    assert opened(cache, "one", meanwhile) is not None
+    assert names(tmp_path) == ["one"]
+
+
+def test_for_what_has_no_room_beside_another_that_is_written_nothing_is_taken_away(tmp_path: Path) -> None:
+    cache = TrunkCache(tmp_path, 2 * BYTES)
+    opened(cache, "old")
+
+    def meanwhile(store: Store) -> None:
+        assert cache.opened("large", 2 * LENGTHS, 2, HIDDEN, torch.float32, never) is None
+        fill(store)
+
+    opened(cache, "new", meanwhile)
+    assert names(tmp_path) == ["new", "old"]
+
+
+def test_beside_another_that_is_written_old_ones_make_room(tmp_path: Path) -> None:
+    cache = TrunkCache(tmp_path, 2 * BYTES)
+    opened(cache, "old")
+
+    def meanwhile(store: Store) -> None:
+        assert opened(cache, "two") is not None
+        fill(store)
+
+    opened(cache, "one", meanwhile)
+    assert names(tmp_path) == ["one", "two"]
+
+
+def _be_killed(folder: Path) -> None:
+    opened(TrunkCache(folder, BYTES), "one", lambda store: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_what_a_killed_writer_left_makes_room(tmp_path: Path, name: str) -> None:
+    writer = multiprocessing.get_context("spawn").Process(target=_be_killed, args=(tmp_path,))
+    writer.start()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
+    assert [path.stat().st_size for path in (tmp_path / FOLDER).glob("*.new")] == [BYTES]
+    assert opened(TrunkCache(tmp_path, BYTES), name) is not None
+    assert list((tmp_path / FOLDER).glob("*.new")) == []
 
 
 def test_others_cannot_read_what_is_kept(tmp_path: Path) -> None:
