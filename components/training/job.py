@@ -146,6 +146,7 @@ def _learn(
             f"code version {spec.code[:12]}", code_version()[:12], "run the job with the code that wrote its spec"
         )
     memory.spare()
+    memory.forget_peak(device)
     import torch
 
     from components.training import checkpoint, finishing, loop
