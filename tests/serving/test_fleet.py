@@ -120,6 +120,11 @@ def test_a_method_that_cannot_share_a_pass_is_refused_by_name(bundle_of: Bundle,
         fleet.load({"first": bundle_of(), "other": bundle_of(method)})
 
 
+def test_bundles_that_cannot_share_a_batch_are_refused_by_name(bundle_of: Bundle) -> None:
+    with pytest.raises(ConfigError, match="behind among first, behind"):
+        fleet.load({"first": bundle_of("houlsby"), "behind": bundle_of("adapter-plus")})
+
+
 def test_a_bundle_on_another_base_is_refused_by_name(bundle_of: Bundle, data: DataRef, tmp_path: Path) -> None:
     elsewhere = finished(
         make_base(tmp_path / "base", initializer_range=0.2), data, "pfeiffer", tmp_path / "b", epochs=1
