@@ -85,10 +85,11 @@ class Fleet:
         import torch
 
         from components.training.batching import bounded_batches, collate, tokenise
+        from components.training.unpadded import unpadded
 
         tokens = tokenise(rows, self._tokenizer, limit)
         with torch.inference_mode():
-            for batch in bounded_batches(tokens.lengths, most):
+            for batch in unpadded(self._model, bounded_batches(tokens.lengths, most), tokens.lengths):
                 padding = int(self._tokenizer.pad_token_id or 0)
                 yield batch, collate(tokens, batch, padding, torch.device(self._device))
 

@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from components.errors import BundleError, ConfigError, DataError
+from components.methods import settings_of
 from components.serving import classifier, fleet
 from components.serving.classifier import table
 from components.serving.fleet import Fleet
@@ -81,6 +82,19 @@ def test_each_bundle_cuts_texts_where_its_job_did(
     rows = both.probabilities(long_texts, laid)
     assert rows[::2] == pytest.approx(found["long"][::2], abs=1e-5)
     assert rows[1::2] == pytest.approx(found["short"][1::2], abs=1e-5)
+
+
+def test_a_text_is_answered_alike_beside_longer_ones(
+    bundle_of: Bundle, lively_base: Path, data: DataRef, tmp_path: Path
+) -> None:
+    """Also by an adapter with gates, which are means over tokens and padding."""
+    settings = settings_of("pfeiffer", reduction_factor=2, use_gating=True)
+    gated = finished(lively_base, data, "pfeiffer", tmp_path / "gated", epochs=1, settings=settings)
+    both = fleet.load({"plain": bundle_of(), "gated": gated})
+    alone = np.concatenate([both.answers(table([text]))["gated"] for text in TEXTS])
+    assert both.answers(table(TEXTS))["gated"] == pytest.approx(alone, abs=1e-5)
+    mixed = both.probabilities(TEXTS, ["plain", "gated"] * (len(TEXTS) // 2))
+    assert mixed[1::2] == pytest.approx(alone[1::2], abs=1e-5)
 
 
 def test_the_frozen_matrices_are_passed_once_whatever_the_number_of_bundles(served: Fleet) -> None:
