@@ -57,7 +57,7 @@ class BottleneckConfig(PeftConfig):
     ln_after: bool = _words("a layer norm of the adapter's own on its output", False)
     is_parallel: bool = _words("the adapter reads what the sub-layer reads", False)
     scaling: float | str = _words('a factor on the output; "learned", or "channel" for one a feature', 1.0)
-    use_gating: bool = _words("a learned gate, from the mean over tokens", False)
+    use_gating: bool = _words("a learned gate, from the mean over tokens, padding included as in AdapterHub", False)
     init_weights: str = _words(
         "mam: starts as the identity; bert: normal, 0.02; houlsby: truncated normal, 0.01", "mam"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -130,6 +130,12 @@ class Site(AdapterLayer):
         drawn = self._step.layers if self._step and learns else None
         return self.index >= (part.config.drop_layers if drawn is None else drawn)
 
+    def mixes(self, names: Iterable[str]) -> bool:
+        """Can a batch have rows of all these adapters? Not behind a layer norm of which an adapter has its own copy."""
+        behind = any(self._part(name) and not self._config(name).original_ln_after for name in names)
+        norm = self._parent[0].get_submodule(self._norm_path) if self._norm_path else None
+        return not (behind and isinstance(norm, ModulesToSaveWrapper))
+
     def _part(self, name: str) -> Bottleneck | Fusion | None:
         for container in (self.bottleneck_adapters, self.bottleneck_fusions):
             if name in container:
@@ -170,7 +176,7 @@ class Site(AdapterLayer):
             self.stream.result = None
             return changed
         norm = self._parent[0].get_submodule(str(self._norm_path))
-        if isinstance(norm, ModulesToSaveWrapper):
+        if not self.mixes(set(names)):
             raise ConfigError(
                 "in one batch, adapters that train layer norms or adapters behind them",
                 ", ".join(dict.fromkeys(names)),

@@ -49,9 +49,7 @@ def answers(model: Any, names: Sequence[str], **inputs: torch.Tensor) -> dict[st
 def _shared(layers: list[nn.Module], batch: int, times: int) -> Iterator[None]:
     """The rows come as often as there are adapters: all but the last of these layers compute them once."""
     *below, last = layers
-    hooks = [
-        layer.register_forward_pre_hook(partial(_narrow, batch, batch * times), with_kwargs=True) for layer in below
-    ]
+    hooks = [layer.register_forward_pre_hook(partial(_narrow, batch, times), with_kwargs=True) for layer in below]
     if below:
         hooks.append(last.register_forward_pre_hook(partial(_widen, batch, times), with_kwargs=True))
     try:
@@ -61,11 +59,22 @@ def _shared(layers: list[nn.Module], batch: int, times: int) -> Iterator[None]:
             hook.remove()
 
 
-def _narrow(batch: int, rows: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    return _each(args, lambda tensor: tensor[:batch] if len(tensor) == rows else tensor), {
-        name: _each(value, lambda tensor: tensor[:batch] if len(tensor) == rows else tensor)
-        for name, value in kwargs.items()
-    }
+def _narrow(batch: int, times: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The hidden states, and of the rest what comes repeated: a table that layers share (DeBERTa's of distances) may
+    happen to have as many rows. What computed the states may have rounded each row otherwise, so they are not compared.
+    """
+
+    def once(tensor: torch.Tensor) -> torch.Tensor:
+        if len(tensor) != batch * times:
+            return tensor
+        parts = tensor.view(times, batch, *tensor.shape[1:])
+        return parts[0] if torch.equal(parts, parts[:1].expand_as(parts)) else tensor
+
+    stream, *others = args if args else (kwargs["hidden_states"],)
+    kwargs = {name: _each(value, once) for name, value in kwargs.items() if name != "hidden_states"}
+    if args:
+        return (stream[:batch], *_each(tuple(others), once)), kwargs
+    return (), {**kwargs, "hidden_states": stream[:batch]}
 
 
 def _widen(batch: int, times: int, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+CHECKPOINT = "checkpoint"  # folder of what a job goes on from: no part of the bundle, and gone once that is complete
 PREDICTIONS = "predictions.safetensors"
 ADAPTER_NAME = "task"
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "datasets", "numpy")
@@ -97,7 +98,7 @@ def write_manifest(folder: Path, **about: Any) -> Manifest:
     files = {
         path.relative_to(folder).as_posix(): File(size=path.stat().st_size, sha256=digest.of_file(path))
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name != MANIFEST and folder / CHECKPOINT not in path.parents
     }
     manifest = Manifest(files=files, libraries=libraries(), **about)
     fresh.write_text(manifest.model_dump_json(indent=2))
@@ -106,13 +107,17 @@ def write_manifest(folder: Path, **about: Any) -> Manifest:
 
 
 def is_complete(folder: Path) -> bool:
-    return (folder / MANIFEST).is_file()
+    """Is the bundle there, and no checkpoint? A job killed between its last two steps leaves both, and run again clears
+    the latter.
+    """
+    return (folder / MANIFEST).is_file() and not (folder / CHECKPOINT).exists()
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest, after every file was compared with it. Raises BundleError naming the first that differs."""
     if not is_complete(folder):
-        raise BundleError(f"a complete bundle at {folder}", f"no {MANIFEST}", "run the job again: it resumes")
+        found = f"a {CHECKPOINT} beside it" if (folder / MANIFEST).is_file() else f"no {MANIFEST}"
+        raise BundleError(f"a complete bundle at {folder}", found, "run the job again: it resumes")
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
     except ValueError as error:

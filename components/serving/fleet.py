@@ -85,10 +85,11 @@ class Fleet:
         import torch
 
         from components.training.batching import bounded_batches, collate, tokenise
+        from components.training.unpadded import unpadded
 
         tokens = tokenise(rows, self._tokenizer, limit)
         with torch.inference_mode():
-            for batch in bounded_batches(tokens.lengths, most):
+            for batch in unpadded(self._model, bounded_batches(tokens.lengths, most), tokens.lengths):
                 padding = int(self._tokenizer.pad_token_id or 0)
                 yield batch, collate(tokens, batch, padding, torch.device(self._device))
 
@@ -101,8 +102,10 @@ def load(folders: Mapping[str, Path], device: str = "cpu") -> Fleet:
     """The bundles of these folders on the base that all of them are pinned to.
 
     Raises BundleError for a bundle that is not right or stands on another base, ConfigError for one whose method
-    cannot share a pass.
+    cannot share a pass, or not with that of the others.
     """
+    from components.adapters.layer import Site
+
     manifests = {name: bundle.read_manifest(folder) for name, folder in folders.items()}
     first, *others = manifests
     for name in others:
@@ -116,6 +119,14 @@ def load(folders: Mapping[str, Path], device: str = "cpu") -> Fleet:
             raise ConfigError(wanted, f"{name} of method {manifests[name].method}", "serve it alone")
     base = base_model.find_pinned(manifests[first].base)
     model = _model(base, manifests, folders).eval().to(device)
+    if not all(each.mixes(model.peft_config) for each in model.modules() if isinstance(each, Site)):
+        configs = zip(manifests, model.peft_config.values(), strict=True)
+        behind = [name for name, config in configs if not config.original_ln_after]
+        raise ConfigError(
+            "bundles that can share a batch: none behind a layer norm that one of them trains",
+            f"{', '.join(behind)} among {', '.join(folders)}",
+            "serve them apart",
+        )
     return Fleet(manifests, model, base_model.load_tokenizer(base), device)
 
 
@@ -127,6 +138,27 @@ def shares(folder: Path, manifest: bundle.Manifest) -> bool:
         return False
     config: Any = methods.load_config(folder)
     return config.peft_type == "BOTTLENECK" and not config.prefix_length
+
+
+def groups(folders: Mapping[str, Path], manifests: Mapping[str, bundle.Manifest]) -> list[dict[str, Path]]:
+    """Of these bundles those that can be fleets of two or more; what is in none is to be served alone.
+
+    On a base whose layer norms some of them train, those that stand behind the norms are a fleet of their own.
+    """
+    from components.adapters import methods
+
+    configs: dict[str, Any] = {
+        name: methods.load_config(folder) for name, folder in folders.items() if shares(folder, manifests[name])
+    }
+    bases = {name: (manifests[name].base.weights_sha256, manifests[name].base.tokenizer_sha256) for name in configs}
+    behind = {name for name, config in configs.items() if not config.original_ln_after}
+    training = {name for name, config in configs.items() if config.train_layer_norm}
+    moved = {bases[name] for name in training - behind}
+    found: dict[object, dict[str, Path]] = {}
+    for name in configs:
+        if name not in training & behind:
+            found.setdefault((bases[name], bases[name] in moved and name in behind), {})[name] = folders[name]
+    return [group for group in found.values() if len(group) > 1]
 
 
 def _model(base: BaseModel, manifests: Mapping[str, bundle.Manifest], folders: Mapping[str, Path]) -> Any:

@@ -55,12 +55,7 @@ def loaded(references: Sequence[str], device: str = "cpu") -> Models:
     """
     with _folders(references) as folders:
         manifests = {name: bundle.read_manifest(folder) for name, folder in folders.items()}
-        bases: dict[tuple[str, str], dict[str, Path]] = {}
-        for name, manifest in manifests.items():
-            if fleet.shares(folders[name], manifest):
-                pin = (manifest.base.weights_sha256, manifest.base.tokenizer_sha256)
-                bases.setdefault(pin, {})[name] = folders[name]
-        together = [group for group in bases.values() if len(group) > 1]
+        together = fleet.groups(folders, manifests)
         shared = {name for group in together for name in group}
         return Models(
             {name: manifest.labels for name, manifest in manifests.items()},

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import load, save_file
 
 from components.errors import ConfigError
+from components.registry import bundle
 from components.training.loop import Learner, State
 
-FOLDER = "checkpoint"
+FOLDER = bundle.CHECKPOINT
 LAST = "last.safetensors"
 WEIGHT, MOMENT = "weight:", "moment:"
 

@@ -108,7 +108,9 @@ def _found(spec: JobSpec, out: str) -> bundle.Manifest | None:
     if not storage.exists(storage.join(out, bundle.MANIFEST)):
         return None
     with tempfile.TemporaryDirectory() as folder:
-        manifest = bundle.read_manifest(storage.download_folder(out, Path(folder)))
+        there = storage.download_folder(out, Path(folder))
+        shutil.rmtree(there / bundle.CHECKPOINT, ignore_errors=True)  # of this job, killed when it had just finished
+        manifest = bundle.read_manifest(there)
     if manifest.job_digest != spec.digest:
         raise ConfigError(
             f"the bundle of job {spec.digest[:12]} at {out}",
@@ -144,6 +146,7 @@ def _learn(
             f"code version {spec.code[:12]}", code_version()[:12], "run the job with the code that wrote its spec"
         )
     memory.spare()
+    memory.forget_peak(device)
     import torch
 
     from components.training import checkpoint, finishing, loop
@@ -190,8 +193,7 @@ def _learn(
     def finish() -> bundle.Manifest:
         measured = {**_metrics(spec, state, tokens, predictions, trained, device), **beside}
         _write(out, spec, model, predictions, measured)
-        checkpoint.clear(out)
-        return bundle.write_manifest(
+        manifest = bundle.write_manifest(
             out,
             method=spec.method,
             job_digest=spec.digest,
@@ -206,6 +208,8 @@ def _learn(
             trained_parameters=trained,
             total_parameters=frozen + trained,
         )
+        checkpoint.clear(out)  # last: killed before, the job is trained, or its training is there to go on from
+        return manifest
 
     return group.from_main(finish)
 

@@ -6,7 +6,8 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from components.config import TrainingConfig
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 # Shapes whose kernels are kept: the twenty or so products of a step, for each width that a batch may have.
 KERNELS = 512
+# What Linux tells of a process, and what sets the most memory it took back to what it takes (man 5 proc).
+PROCESS, HIGH_WATER = Path("/proc/self"), "5"
 # What torch writes, on a GPU and on the CPU; it has a class of its own for the first only.
 SIGNS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
 
@@ -44,11 +47,30 @@ def spare() -> None:
         os.environ.setdefault(name, str(KERNELS))
 
 
+def forget_peak(device: torch.device) -> None:
+    """Begin to measure here what `peak` tells, for a job that is not the first of its process."""
+    if device.type == "cuda":
+        import torch
+
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # else it took nothing, and may not be asked
+            torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # on another system than Linux, or in a container that may not
+        (PROCESS / "clear_refs").write_text(HIGH_WATER)
+
+
 def peak(device: torch.device) -> int:
-    """Bytes that this process took at most: of the GPU's memory, or where there is none of the machine's."""
+    """Bytes that this process took at most: of the GPU's memory, or where there is none of the machine's.
+
+    Since `forget_peak`, where the system can.
+    """
     if device.type == "cuda":
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
+    # Not ru_maxrss where it can be had: of a process that was started by vfork, that begins at its parent's.
+    with suppress(OSError, StopIteration):
+        lines = (PROCESS / "status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

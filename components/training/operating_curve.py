@@ -27,24 +27,27 @@ class Point:
 
 
 def measure(model: Any, tokens: Tokens, training: TrainingConfig, padding: int, device: torch.device) -> list[Point]:
-    """Points for 0, 1, … to all layers. The model is left as it was found."""
-    name = model.active_adapter
-    before = model.peft_config[name].drop_layers
+    """Points from the layers that were dropped in every step, whose adapters never learned, to all layers.
+
+    The model is left as it was found.
+    """
+    config = model.peft_config[model.active_adapter]
+    before = config.drop_layers
     curve = []
-    for layers in range(depth(model) + 1):
-        model.peft_config[name].drop_layers = layers
+    for layers in range(config.drop_range[0] if config.drop_range else before, depth(model) + 1):
+        config.drop_layers = layers
         begin = time.perf_counter()
         probabilities = predict(model, tokens, padding, device)
         seconds = time.perf_counter() - begin
         measured = metrics.measure(tokens.labels, probabilities)
         score = metrics.score(measured, training.metric)
         curve.append(Point(layers, score, round(1000 * seconds / len(tokens.labels), 4)))
-    model.peft_config[name].drop_layers = before
+    config.drop_layers = before
     return curve
 
 
 def choose(curve: list[Point], margin: float) -> int:
-    """The largest number of layers whose score is at most `margin` below that with all adapters; never all layers."""
+    """The most layers whose score is at most `margin` below that with all adapters that learned; never all layers."""
     return max(point.layers for point in curve[:-1] if point.score >= curve[0].score - margin)
 
 

@@ -67,7 +67,7 @@ def arithmetic(device: torch.device, precision: str, shape: Shape) -> Precision:
 
     Raises TrainingError when bf16 is asked for and missing.
     """
-    able = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
+    able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
     if precision == "bf16" and not able:
         raise TrainingError(
             "a device that computes in bfloat16", f"{device.type} without it", "set training.precision: auto"

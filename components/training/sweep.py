@@ -10,6 +10,7 @@ say, does not keep the others from it. Standard output is a JSON line for each s
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ def run(errands: Sequence[Errand], tell: Callable[[News], None]) -> None:
             tell(News(errand=number, failed=str(error)))
         else:
             tell(News(errand=number))
+        gc.collect()  # a model's modules know each other in circles: it would be there beside the next one
 
 
 def _pass_on(tell: Callable[[News], None], number: int, event: Event) -> None:

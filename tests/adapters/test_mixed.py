@@ -173,3 +173,14 @@ def test_layers_that_all_have_dropped_are_computed_once_for_all(family: str) -> 
     first, second = ([seen for name, seen in calls.items() if f".{layer}." in name] for layer in (0, 1))
     assert {tuple(seen) for seen in first} == {(ROWS,)}
     assert {tuple(seen) for seen in second} == {(3 * ROWS,)}
+
+
+@pytest.mark.parametrize("rows", [7, 8, 9])
+def test_a_table_with_as_many_rows_as_all_inputs_is_none_of_them(rows: int) -> None:
+    """DeBERTa's of distances: 16 rows, as 8 texts for two adapters."""
+    model, names = many("deberta-v2", ["pfeiffer"] * 2, leave_out=[0])
+    with torch.no_grad():
+        found = answers(model, names, **batch(rows))
+        for name in names:
+            model.set_adapter(name)
+            assert torch.allclose(found[name], model(**batch(rows)).last_hidden_state, atol=1e-5)

@@ -9,6 +9,7 @@ import pytest
 from torch import nn
 
 from components.errors import BundleError, ConfigError, DataError
+from components.methods import settings_of
 from components.serving import classifier, fleet
 from components.serving.classifier import table
 from components.serving.fleet import Fleet
@@ -83,6 +84,19 @@ def test_each_bundle_cuts_texts_where_its_job_did(
     assert rows[1::2] == pytest.approx(found["short"][1::2], abs=1e-5)
 
 
+def test_a_text_is_answered_alike_beside_longer_ones(
+    bundle_of: Bundle, lively_base: Path, data: DataRef, tmp_path: Path
+) -> None:
+    """Also by an adapter with gates, which are means over tokens and padding."""
+    settings = settings_of("pfeiffer", reduction_factor=2, use_gating=True)
+    gated = finished(lively_base, data, "pfeiffer", tmp_path / "gated", epochs=1, settings=settings)
+    both = fleet.load({"plain": bundle_of(), "gated": gated})
+    alone = np.concatenate([both.answers(table([text]))["gated"] for text in TEXTS])
+    assert both.answers(table(TEXTS))["gated"] == pytest.approx(alone, abs=1e-5)
+    mixed = both.probabilities(TEXTS, ["plain", "gated"] * (len(TEXTS) // 2))
+    assert mixed[1::2] == pytest.approx(alone[1::2], abs=1e-5)
+
+
 def test_the_frozen_matrices_are_passed_once_whatever_the_number_of_bundles(served: Fleet) -> None:
     calls: dict[str, int] = {}
     hooks = [
@@ -118,6 +132,11 @@ def test_what_is_no_string_is_refused(served: Fleet) -> None:
 def test_a_method_that_cannot_share_a_pass_is_refused_by_name(bundle_of: Bundle, method: str) -> None:
     with pytest.raises(ConfigError, match=f"other of method {method}"):
         fleet.load({"first": bundle_of(), "other": bundle_of(method)})
+
+
+def test_bundles_that_cannot_share_a_batch_are_refused_by_name(bundle_of: Bundle) -> None:
+    with pytest.raises(ConfigError, match="behind among first, behind"):
+        fleet.load({"first": bundle_of("houlsby"), "behind": bundle_of("adapter-plus")})
 
 
 def test_a_bundle_on_another_base_is_refused_by_name(bundle_of: Bundle, data: DataRef, tmp_path: Path) -> None:

@@ -96,6 +96,27 @@ def test_several_models_have_columns_each_and_share_what_they_can(bundle_of: Bun
         assert np.stack(answers, axis=1) == pytest.approx(alone.probabilities(TEXTS), abs=1e-5)
 
 
+def test_models_that_cannot_share_a_batch_answer_as_they_do_alone(bundle_of: Bundle) -> None:
+    """Adapters that train layer norms, and adapters behind those norms."""
+    folders = [bundle_of("houlsby"), bundle_of("adapter-plus"), bundle_of(), bundle_of("adapter-plus", seed=2)]
+    chosen = models.loaded([str(folder) for folder in folders])
+    together = [list(fleet.manifests) for fleet in chosen.fleets]
+    assert together == [["houlsby-1-2", "pfeiffer-1-2"], ["adapter-plus-1-2", "adapter-plus-2-2"]]
+    found = chosen.answers(classifier.table(TEXTS))
+    assert list(found) == [folder.name for folder in folders]
+    for folder in folders:
+        alone = classifier.load(folder).probabilities(TEXTS)
+        assert found[folder.name] == pytest.approx(alone, abs=1e-5), folder.name
+
+
+@pytest.mark.parametrize(("others", "together"), [(["houlsby"], 0), (["pfeiffer"], 1)])
+def test_one_that_stands_behind_norms_is_alone_only_where_they_are_trained(
+    bundle_of: Bundle, others: list[str], together: int
+) -> None:
+    chosen = models.loaded([str(bundle_of(method)) for method in ["adapter-plus", *others]])
+    assert len(chosen.fleets) == together
+
+
 def test_pairs(one: Models, bundle_of: Bundle, tmp_path: Path) -> None:
     seconds = TEXTS[::-1]
     pq.write_table(pa.table({"first": TEXTS, "second": seconds}), tmp_path / "rows.parquet")

@@ -119,6 +119,27 @@ def test_a_finished_job_leaves_no_checkpoint(lively_base: Path, data: DataRef, t
     assert not (tmp_path / checkpoint.FOLDER).exists()
 
 
+@pytest.mark.parametrize("cleared", [False, True])
+def test_killed_as_it_finishes_a_job_is_not_trained_again(
+    lively_base: Path, data: DataRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cleared: bool
+) -> None:
+    spec = toy_spec(lively_base, data, "pfeiffer", epochs=1)
+    clear = checkpoint.clear
+
+    def killed(out: Path) -> None:
+        if cleared:
+            clear(out)
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(checkpoint, "clear", killed)
+        job.run(spec, str(tmp_path), silent)
+    assert bundle.is_complete(tmp_path) == cleared  # or its files would not be those of the manifest
+    manifest = job.run(spec, str(tmp_path), lambda event: pytest.fail("trained again"))
+    assert bundle.read_manifest(tmp_path) == manifest
+    assert not any(name.startswith(checkpoint.FOLDER) for name in manifest.files)
+
+
 def test_another_job_does_not_resume_these_checkpoints(lively_base: Path, data: DataRef, tmp_path: Path) -> None:
     interrupted(toy_spec(lively_base, data, "pfeiffer"), tmp_path)
     with pytest.raises(ConfigError, match="checkpoints of job"):

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from components.errors import TrainingError
 from components.training import kernels
 from components.training.kernels import Kernels, Shape, chosen, shape_of
+from components.training.precision import arithmetic
 
 CPU = torch.device("cpu")
 BOTH = (torch.bfloat16, torch.float32)
@@ -63,6 +65,13 @@ def test_another_shape_or_precision_is_another_measurement(tmp_path: Path) -> No
 @pytest.mark.parametrize("asked", BOTH)
 def test_a_precision_that_is_asked_for_is_taken(shape: Shape, asked: torch.dtype) -> None:
     assert chosen(CPU, shape, (asked,)).bfloat16 == (asked == torch.bfloat16)
+
+
+def test_bfloat16_that_a_gpu_only_imitates_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Turing and Volta, where it is slower than float32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(TrainingError, match="cuda without it"):
+        arithmetic(torch.device("cuda"), "bf16", SHAPE)
 
 
 def test_the_random_state_and_the_threads_are_left_as_they_were() -> None:

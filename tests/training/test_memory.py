@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from components.errors import OutOfMemory
-from components.training import job
+from components.training import job, memory
 from components.training.progress import Event
 from components.training.spec import DataRef
-from tests.training.toy_jobs import toy_spec
+from tests.training.toy_jobs import finished, toy_spec
+
+CPU = torch.device("cpu")
+BALLAST = 600 * 10**6
 
 
 def test_a_job_without_memory_says_what_to_lower(lively_base: Path, data: DataRef, tmp_path: Path) -> None:
@@ -28,6 +35,30 @@ def test_other_errors_of_torch_are_not_about_memory(lively_base: Path, data: Dat
 
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         job.run(toy_spec(lively_base, data, "pfeiffer"), str(tmp_path), multiply)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system cannot forget a peak")
+def test_a_job_does_not_report_what_was_taken_before_it(lively_base: Path, data: DataRef, tmp_path: Path) -> None:
+    del _ballast()[:]
+    before = memory.peak(CPU)
+    folder = finished(lively_base, data, "pfeiffer", tmp_path, epochs=1)
+    assert json.loads((folder / "metrics.json").read_text())["peak_memory_bytes"] < before - BALLAST / 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no other peak than its parent's")
+def test_a_process_does_not_report_what_its_parent_takes() -> None:
+    ballast = _ballast()
+    code = (
+        "from types import SimpleNamespace; from components.training import memory; "
+        "print(memory.peak(SimpleNamespace(type='cpu')))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(told.stdout) < len(ballast)
+
+
+def _ballast() -> bytearray:
+    """More than a job of the tests takes, or a process without torch; in all its pages something is written."""
+    return bytearray(b"1") * BALLAST
 
 
 def test_a_second_try_does_not_help() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,22 @@ from tests.training.toy_jobs import finished
 )
 def test_the_most_layers_within_the_margin(scores: tuple[float, ...], margin: float, chosen: int) -> None:
     assert choose([Point(layers, score, 1.0) for layers, score in enumerate(scores)], margin) == chosen
+
+
+def test_the_margin_is_below_the_score_with_all_that_learned() -> None:
+    scores = (0.9, 0.88, 0.2)
+    assert choose([Point(layers, score, 1.0) for layers, score in enumerate(scores, 2)], 0.05) == 3
+
+
+@pytest.mark.parametrize("dropped", [{"drop_layers": 1}, {"drop_range": (1, 1)}])
+def test_adapters_that_never_learned_stay_dropped(
+    lively_base: Path, data: DataRef, tmp_path: Path, dropped: dict[str, Any]
+) -> None:
+    settings = settings_of("pfeiffer", reduction_factor=2, drop_margin=0.0, **dropped)
+    folder = finished(lively_base, data, "pfeiffer", tmp_path / "bundle", epochs=1, settings=settings)
+    curve = json.loads((folder / "metrics.json").read_text())["operating_curve"]
+    assert [point["layers"] for point in curve["points"]] == [1, 2]
+    assert json.loads((folder / "adapter_config.json").read_text())["drop_layers"] == 1
 
 
 def test_the_bundle_keeps_what_was_chosen(lively_base: Path, data: DataRef, tmp_path: Path) -> None:

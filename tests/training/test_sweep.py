@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,27 @@ def test_one_that_cannot_train_does_not_keep_the_others_from_it(
     assert "expected a finite loss" in str(ended[1])
     assert bundle.is_complete(tmp_path / "last")
     assert not bundle.is_complete(tmp_path / "wild")
+
+
+def test_a_model_is_gone_when_the_next_one_is_loaded(
+    lively_base: Path, data: DataRef, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    much = Schedule(epochs=2, learning_rates=LearningRates(body=1e38, layer_norm=1e38, head=1e38))
+    some = {str(seed): toy_spec(lively_base, data, "pfeiffer", 1, seed=seed) for seed in range(4)}
+    some["1"] = toy_spec(lively_base, data, "pfeiffer", 2, schedule=much)  # fails
+    loaded: list[weakref.ref[Any]] = []
+    beside: list[int] = []
+    original = job._model
+
+    def watched(*arguments: Any) -> Any:
+        beside.append(sum(each() is not None for each in loaded))
+        made = original(*arguments)
+        loaded.append(weakref.ref(made[0]))
+        return made
+
+    monkeypatch.setattr(job, "_model", watched)
+    sweep.run(errands(some, tmp_path), unheard)
+    assert beside == [0, 0, 0, 0]
 
 
 def test_what_is_wrong_with_all_ends_the_sweep(lively_base: Path, data: DataRef, tmp_path: Path) -> None:
