@@ -166,7 +166,12 @@ def collate(
     }
     if tokens.types is not None:
         inputs["token_type_ids"] = _padded(tokens.types, rows, width, 0)
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+    return {name: moved(tensor, device) for name, tensor in inputs.items()}
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To a GPU from pinned memory, so that the copy goes on beside what is computed."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _padded(

@@ -29,6 +29,7 @@ from components.training.kernels import shape_of
 from components.training.passes import MODEST, Means, Pass, Passes, at_rest, passes
 from components.training.precision import arithmetic
 from components.training.progress import Meter, Progress
+from components.training.unpadded import unpadded
 from components.training.watch import Watch
 
 # What a kill may cost at most, but for models whose checkpoints take long to write.
@@ -244,7 +245,8 @@ def predict(
         with torch.inference_mode():
             result[rows] = torch.softmax(way.logits(rows).float(), dim=-1).cpu().numpy()
 
-    batches = group.turns(bounded_batches(tokens.lengths, AT_ONCE[device.type]))
+    lengths = tokens.lengths
+    batches = group.turns(unpadded(model, bounded_batches(lengths, AT_ONCE[device.type]), lengths))
     with nullcontext(check) if check else at_rest(model, tokens, padding, device, len(batches)) as way:
         (through.crew if through else crew.ALONE).each([partial(score, way, rows) for rows in batches])
     return group.total(result)

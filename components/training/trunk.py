@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from components import digest
-from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate
+from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate, moved
 from components.training.crew import Crew
 from components.training.encoder import Encoder
 from components.training.packing import Packing
@@ -73,9 +73,7 @@ class Trunk:
         if self._store is None:
             return self.computed(rows, packing), packing
         found = self._store.read(rows, *self._places(packing))
-        if self._device.type == "cuda":  # from pinned memory the copy goes on beside what is computed
-            found = [each.pin_memory().to(self._device, non_blocking=True) for each in found]
-        return found, packing
+        return [moved(each, self._device) for each in found], packing
 
     def computed(self, rows: npt.NDArray[np.int64], packing: Packing) -> list[torch.Tensor]:
         inputs = collate(self._tokens, rows, self._padding, self._device)

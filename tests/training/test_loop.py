@@ -186,11 +186,16 @@ def test_full_fine_tuning_trains_with_dropout(tiny_base: Path) -> None:
     assert not torch.equal(logits(model), logits(model))
 
 
-def test_a_prediction_does_not_depend_on_the_rows_beside_it(tiny_base: Path, parts: dict[str, Tokens]) -> None:
+@pytest.mark.parametrize(("method", "settings"), [
+    ("full", {}), ("pfeiffer", {"use_gating": True, "init_weights": "bert"}),
+])  # fmt: skip
+def test_a_prediction_does_not_depend_on_the_rows_beside_it(
+    tiny_base: Path, parts: dict[str, Tokens], method: str, settings: dict[str, Any]
+) -> None:
     lengths = [3, 9, 5, 12, 4]
     rows = [parts["test"].ids[index][:length] for index, length in enumerate(lengths)]
     zeros = np.zeros(len(rows), dtype=np.int64)
-    model = model_of(tiny_base, "full")
+    model = model_of(tiny_base, method, **settings)
     together = loop.predict(model, Tokens(rows, None, zeros, zeros.astype(bool)), 0, CPU)
     alone = [loop.predict(model, Tokens([row], None, zeros[:1], zeros[:1].astype(bool)), 0, CPU)[0] for row in rows]
     assert together == pytest.approx(np.array(alone), abs=1e-6)
