@@ -19,7 +19,6 @@ from components.adapters.fusion import Fusion
 from components.adapters.layer import Site
 from components.adapters.parameters import training_mode
 from components.adapters.regulariser import Regulariser
-from components.adapters.step import reseed, steps_of
 from components.adapters.together import answers
 from components.errors import ConfigError
 from tests.adapters.adapted import INPUTS, classifier, config_of, logits
@@ -331,61 +330,6 @@ def test_dropped_layers_stay_dropped_when_loaded(tmp_path: Path) -> None:
 def test_the_last_layer_keeps_its_adapter(layers: int) -> None:
     with pytest.raises(ConfigError, match="0 to 1 layers"):
         drop(loaded("bert", ("pfeiffer",)), layers)
-
-
-def test_the_active_adapters_range_is_drawn_from() -> None:
-    model = get_peft_model(tiny("bert", num_hidden_layers=6), config_of("pfeiffer", (), drop_range=[0, 1]), "anna")
-    model.add_adapter("bruno", config_of("pfeiffer", (), drop_range=[4, 5]))
-    model.train()
-    step = model.base_model.model.shared_of_adapters.step
-    for name, drawn in (("anna", {0, 1}), ("bruno", {4, 5})):
-        model.set_adapter(name)
-        seen = set()
-        for _ in range(30):
-            model(**inputs("bert"))
-            seen.add(step.layers)
-        assert seen == drawn
-
-
-@pytest.mark.parametrize("other", [(0, 20), (1, 0)])
-def test_each_step_of_each_seed_draws_anew(other: tuple[int, int]) -> None:
-    model = loaded("bert", ("pfeiffer",), drop_range=[0, 1]).train()
-    step = model.base_model.model.shared_of_adapters.step
-
-    def drawn(seed: int, first: int) -> list[int | None]:
-        found = []
-        for number in range(first, first + 20):
-            reseed(steps_of(model), seed, number)
-            model(**inputs("bert"))
-            found.append(step.layers)
-        return found
-
-    assert drawn(0, 0) == drawn(0, 0)
-    assert drawn(0, 0) != drawn(*other)
-    assert drawn(0, 2) != drawn(1, 1)
-
-
-def test_all_passes_of_a_step_draw_alike() -> None:
-    """Those of the parts of its batch, and none draws that learns nothing, as where a trunk is computed."""
-    model = loaded("bert", ("pfeiffer",), drop_range=[0, 1]).train()
-    step, seen = model.base_model.model.shared_of_adapters.step, set()
-    for number in range(10):
-        reseed(steps_of(model), 0, number)
-        for learns in (True, True, False, False):
-            with torch.set_grad_enabled(learns):
-                model(**inputs("bert"))
-            seen.add((number, step.layers))
-    assert len(seen) == 10
-    assert {layers for _, layers in seen} == {0, 1}
-
-
-def test_where_nothing_learns_all_layers_have_their_adapters_whatever_was_drawn() -> None:
-    model = loaded("bert", ("pfeiffer",), drop_range=[1, 1]).train()
-    site = next(each for each in model.modules() if isinstance(each, Site))
-    model(**inputs("bert"))
-    assert not site.is_at_work
-    with torch.no_grad():
-        assert site.is_at_work
 
 
 def test_robust_training_drops_another_number_at_each_step() -> None:
