@@ -104,6 +104,8 @@ class BottleneckConfig(PeftConfig):
         problems = list(self._problems())
         if problems:
             raise ConfigError("settings of an adapter that fit together", "; ".join(problems), "correct them")
+        if self.drop_range:  # the adapters of layers that every step drops never learn
+            self.drop_layers = max(self.drop_layers, self.drop_range[0])
 
     def _problems(self) -> list[str]:
         known = (

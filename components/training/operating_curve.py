@@ -27,14 +27,11 @@ class Point:
 
 
 def measure(model: Any, tokens: Tokens, training: TrainingConfig, padding: int, device: torch.device) -> list[Point]:
-    """Points from the layers that were dropped in every step, whose adapters never learned, to all layers.
-
-    The model is left as it was found.
-    """
+    """Points from the layers that are dropped anyway to all layers. The model is left as it was found."""
     config = model.peft_config[model.active_adapter]
     before = config.drop_layers
     curve = []
-    for layers in range(config.drop_range[0] if config.drop_range else before, depth(model) + 1):
+    for layers in range(before, depth(model) + 1):
         config.drop_layers = layers
         begin = time.perf_counter()
         probabilities = predict(model, tokens, padding, device)

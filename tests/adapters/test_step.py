@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from components.adapters.config import BottleneckConfig
 from components.adapters.layer import Site
 from components.adapters.step import reseed, steps_of
 from tests.adapters.adapted import config_of
@@ -58,10 +59,15 @@ def test_all_passes_of_a_step_draw_alike() -> None:
     assert {layers for _, layers in seen} == {0, 1}
 
 
+def test_layers_that_every_step_drops_stay_without_adapters() -> None:
+    assert BottleneckConfig(drop_range=[1, 3]).drop_layers == 1
+    assert BottleneckConfig(drop_range=[1, 3], drop_layers=2).drop_layers == 2
+
+
 def test_where_nothing_learns_all_layers_have_their_adapters_whatever_was_drawn() -> None:
-    model = get_peft_model(tiny("bert"), config_of("pfeiffer", (), drop_range=[1, 1])).train()
+    model = get_peft_model(tiny("bert"), config_of("pfeiffer", (), drop_range=[0, 1])).train()
     site = next(each for each in model.modules() if isinstance(each, Site))
-    model(**inputs("bert"))
+    model.base_model.model.shared_of_adapters.step.layers = 1
     assert not site.is_at_work
     with torch.no_grad():
         assert site.is_at_work
