@@ -66,7 +66,7 @@ class Whole:
 
     def logits(self, rows: Rows) -> torch.Tensor:
         lengths = self._lengths[rows]
-        tokens = max(lengths.max(), min(width(lengths, self._precision.dtype), self._positions))
+        tokens = max(int(lengths.max()), min(width(lengths, self._precision.dtype), self._positions))
         inputs = collate(self._tokens, rows, self._padding, self._device, tokens)
         with self._precision.forward(tokens):
             logits: torch.Tensor = self._model(**inputs).logits
