@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-import warnings
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not os.environ.get("MLFLOW_TRACKING_URI"):
         return _refuse("expected MLFLOW_TRACKING_URI; found none; set it, or run under `python -m infra.local run --`")
     try:
-        model = load(options.version)
-        if options.threads:
-            import torch
-
-            torch.set_num_threads(options.threads)
-        if options.text:
-            print(model.predict(options.text).to_string(index=False, float_format="{:.3f}".format))
-        if options.rows:
-            _score(model, options.rows, options.out)
+        with tempfile.TemporaryDirectory() as folder:
+            _use(load(options.version, folder), options)
     except Exception as error:  # noqa: BLE001  # the version's errors say all in a line; others may quote a text
         if hasattr(error, "todo"):
             return _refuse(str(error))
@@ -64,17 +57,28 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def load(version: str) -> Any:
-    """The version as an MLflow pyfunc model."""
+def load(version: str, folder: str) -> Any:
+    """The version as an MLflow pyfunc model. folder: for what is fetched of it, which MLflow would leave behind."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    warnings.simplefilter("ignore")
+    logging.captureWarnings(True)  # libraries put filters of their own before any of ours
     import mlflow
 
-    for name in ("mlflow", "alembic"):
+    for name in ("mlflow", "alembic", "py.warnings"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # What it would warn of stays unseen, and takes half a second to look for in all that is installed.
-    return mlflow.pyfunc.load_model(version, suppress_warnings=True)
+    return mlflow.pyfunc.load_model(version, suppress_warnings=True, dst_path=folder)
+
+
+def _use(model: Any, options: argparse.Namespace) -> None:
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    if options.text:
+        print(model.predict(options.text).to_string(index=False, float_format="{:.3f}".format))
+    if options.rows:
+        _score(model, options.rows, options.out)
 
 
 def _score(model: Any, rows: Path, out: Path) -> None:

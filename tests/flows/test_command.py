@@ -137,6 +137,17 @@ class TestServing:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert done.stdout.strip() == "['good', 'bad']", done.stderr
 
+    def test_the_command_line_answers_says_nothing_else_and_leaves_nothing(
+        self, command: Command, tmp_path: Path
+    ) -> None:
+        done = command(
+            "components.serving.score", f"models:/{MODEL}@candidate", "--text", "lovely great", TMPDIR=str(tmp_path)
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[0] == "label"
+        assert done.stderr == ""
+        assert list(tmp_path.iterdir()) == []
+
     def test_another_base_is_refused(self, command: Command, tmp_path: Path) -> None:
         other = make_base(tmp_path / "other", initializer_range=0.2)
         done = command(
