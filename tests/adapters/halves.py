@@ -6,24 +6,32 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors.torch import save_file
 
 from tests.adapters.adapted import INPUTS, adapted
 
 
+def gradients(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By parameter, of one row, averaged by DDP with those of the other processes."""
+    row = accelerator.process_index
+    together = accelerator.prepare(model)
+    together(**{name: both[row : row + 1] for name, both in INPUTS.items()}).logits.sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
 def main(base: str, out: str, *methods: str) -> None:
-    """Saves, by method, the gradients of one row, which DDP averages with those of the other processes."""
+    """Save each method's gradients."""
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=60))  # a step takes milliseconds
     accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
-    row = accelerator.process_index
     for method in methods:
-        model = accelerator.prepare(adapted(Path(base), method))
-        model(**{name: tensor[row : row + 1] for name, tensor in INPUTS.items()}).logits.sum().backward()
-        own = accelerator.unwrap_model(model)
+        found = gradients(accelerator, adapted(Path(base), method))
         if accelerator.is_main_process:
-            found = {name: p.grad for name, p in own.named_parameters() if p.grad is not None}
             save_file(found, Path(out) / method)
+        # What DDP holds must end before the group of processes does: as the last to hold it, it would end the group
+        # itself, waiting with Python's lock for a thread of gloo's that may be waiting for the lock.
+        accelerator.free_memory()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
