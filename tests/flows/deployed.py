@@ -84,7 +84,7 @@ def worker(
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd="/")
     yield
     process.terminate()
-    process.wait(60)
+    process.wait(PATIENCE_S)  # runs that a schedule began meanwhile end first
 
 
 @pytest.fixture(scope="package")
