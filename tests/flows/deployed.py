@@ -84,7 +84,7 @@ def worker(
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd="/")
     yield
     process.terminate()
-    process.wait(PATIENCE_S)  # runs that a schedule began meanwhile end first
+    process.wait(60)
 
 
 @pytest.fixture(scope="package")
