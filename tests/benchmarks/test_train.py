@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from components import forks
 from tests.benchmarks import standings, train
 
 
@@ -42,6 +44,13 @@ def test_time_to_99_counts_to_the_end_of_the_first_epoch_that_is_good_enough() -
         "ours_half": [sample(1, [0.98, 0.98])],
     }
     assert standings.to_99(by_rival) == {"full_hf": 150, "ours": 4, "ours_half": None}
+
+
+def test_wrong_data_are_told_in_one_line(tmp_path: Path) -> None:
+    done = forks.run(["-m", "tests.benchmarks.train", "--data", "no.csv", "--out", str(tmp_path)], os.environ)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: expected a preset among ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

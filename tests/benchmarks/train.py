@@ -25,6 +25,7 @@ import torch
 
 from components import base_model, digest
 from components.config import BaseConfig
+from components.errors import AdapterlineError
 from components.training.spec import code_version
 from tests.benchmarks import peer, prepared, standings, work
 from tests.benchmarks.rivals import RIVALS, Setup, run
@@ -222,4 +223,7 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except AdapterlineError as error:
+        sys.exit(f"error: {error}")
