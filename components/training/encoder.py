@@ -190,14 +190,9 @@ class Encoder:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """For the length of the block the model has this encoder for its own; called as a whole it computes as ever."""
-        earlier = vars(self._encoder).get("forward")
-        self._layers, self._encoder.forward = self._encoder.forward, self._forward
-        try:
+        self._layers = self._encoder.forward
+        with forward_instead(self._encoder, self._forward):
             yield
-        finally:
-            del self._encoder.forward
-            if earlier:
-                self._encoder.forward = earlier
 
     def logits(self, tails: Callable[[], torch.Tensor], rows: int) -> torch.Tensor:
         """What the head makes of the first tokens that `tails` makes, (rows, hidden)."""
@@ -265,6 +260,19 @@ class Encoder:
         if layers is None:
             return self._layers(hidden_states, *args, **kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=layers(hidden_states))
+
+
+@contextmanager
+def forward_instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """For the length of the block the module computes so."""
+    earlier = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if earlier:
+            module.forward = earlier
 
 
 def _classifier(model: Any) -> Any:

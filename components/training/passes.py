@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from components.training.batching import LEARNED_AT_ONCE, Tokens, collate
 from components.training.compiled import Compiled
 from components.training.crew import ALONE, Crew, shares
 from components.training.encoder import Encoder
+from components.training.layered import Layered
 from components.training.packing import Packing, width
 from components.training.precision import Precision
 from components.training.trunk import Trunk
@@ -76,7 +77,7 @@ class Whole:
 class AboveTrunk:
     """Only what is above the trunk; the encoder is in its place in the model."""
 
-    def __init__(self, trunk: Trunk, crew: Crew) -> None:
+    def __init__(self, trunk: Trunk[Encoder], crew: Crew) -> None:
         self.trunk, self._encoder, self._lengths = trunk, trunk.encoder, trunk.lengths
         self._precision, self._crew = trunk.precision, crew
 
@@ -92,6 +93,18 @@ class AboveTrunk:
     def _tail(self, rows: Rows) -> torch.Tensor:
         with self._precision.autocast():
             return self._encoder.tail(*self.trunk.states(rows))
+
+
+class AboveLayers(Whole):
+    """The same of a model of another family, whose layers below the cut are passed by."""
+
+    def __init__(self, trunk: Trunk[Layered], model: Any, padding: int, device: torch.device) -> None:
+        super().__init__(model, trunk.tokens, padding, device, trunk.precision, compile=False)
+        self.trunk = trunk
+
+    def logits(self, rows: Rows) -> torch.Tensor:
+        with self.trunk.encoder.above(*self.trunk.states(rows)):
+            return super().logits(rows)
 
 
 class AtRest:
@@ -130,7 +143,7 @@ class Passes:
     """
 
     learn: Pass
-    check: AboveTrunk | None = None
+    check: AboveTrunk | AboveLayers | None = None
     crew: Crew = ALONE
     at_once: int | None = None
     means: Means = MODEST
@@ -154,11 +167,20 @@ def passes(
     means: Means = MODEST,
 ) -> Iterator[Passes]:
     """How batches go through the model while it learns. model: in training mode.  batch: rows of one."""
-    if not Encoder.fits(model):
-        whole = Whole(model, train, padding, device, precision, means.compile)
-        yield Passes(whole, at_once=means.tokens_at_once)
-        return
     exact = precision if not precision.low else Precision(device, low=False)
+    if not Encoder.fits(model):
+        few = np.unique(train.lengths, return_index=True)[1][:2]  # the shortest, of two lengths
+        layered = means.cache and Layered.of(model, collate(train, few, padding, device), precision.dtype)
+        if not (means.cache and layered):
+            whole = Whole(model, train, padding, device, precision, means.compile)
+            yield Passes(whole, at_once=means.tokens_at_once)
+            return
+        below = Trunk(layered, train, padding, device, precision)
+        below.keep(means.cache, means.base, ALONE)
+        checked = Trunk(replace(layered, dtype=exact.dtype), validation, padding, device, exact)
+        learn, check = (AboveLayers(trunk, model, padding, device) for trunk in (below, checked))
+        yield Passes(learn, check, at_once=means.tokens_at_once, means=means)
+        return
     encoder = Encoder(model, precision.dtype, precision.plain_until)
     judge = encoder if exact is precision else Encoder(model, exact.dtype, exact.plain_until)
     alone = device.type != "cpu" or encoder.draws

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from functools import partial
 from importlib import metadata
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from components import digest
 from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate, moved
 from components.training.crew import Crew
 from components.training.encoder import Encoder
+from components.training.layered import Layered
 from components.training.packing import Packing
 from components.training.precision import Precision
 from components.training.trunk_cache import Store, TrunkCache
@@ -23,6 +25,7 @@ CODE = (
     "training/batching",
     "training/encoder",
     "training/frozen",
+    "training/layered",
     "training/packing",
     "training/trunk",
     "adapters",
@@ -31,22 +34,30 @@ CODE = (
 LIBRARIES = ("torch", "transformers", "peft")
 
 
-class Trunk:
+E = TypeVar("E", Encoder, Layered)
+
+
+class Trunk(Generic[E]):
     """Of one model and some rows, in the order of `tokens`."""
 
-    def __init__(
-        self, encoder: Encoder, tokens: Tokens, padding: int, device: torch.device, precision: Precision
-    ) -> None:
+    def __init__(self, encoder: E, tokens: Tokens, padding: int, device: torch.device, precision: Precision) -> None:
         """padding: id of the padding token."""
-        self.encoder, self.precision, self.lengths = encoder, precision, tokens.lengths
-        self._tokens, self._padding, self._device = tokens, padding, device
+        self.encoder: E = encoder
+        self.precision, self.tokens, self.lengths = precision, tokens, tokens.lengths
+        self._padding, self._device = padding, device
         self._store: Store | None = None
         self.is_kept = False  # or was to be, without room for it
 
     def digest(self, base: str) -> str:
         """Of all that the states follow from. base: digest of the frozen weights."""
-        about = [base, tokens_digest(self._tokens), str(self.encoder.cut), str(self.precision.dtype), self._device.type]
-        versions = [metadata.version(name) for name in LIBRARIES]
+        about: list[str] = [
+            base,
+            tokens_digest(self.tokens),
+            str(self.encoder.cut),
+            str(self.precision.dtype),
+            self._device.type,
+        ]
+        versions: list[str] = [metadata.version(name) for name in LIBRARIES]
         return digest.of_json([*about, *versions, digest.of_code(*CODE)])
 
     def keep(self, cache: TrunkCache, base: str, crew: Crew) -> None:
@@ -76,7 +87,7 @@ class Trunk:
         return [moved(each, self._device) for each in found], packing
 
     def computed(self, rows: npt.NDArray[np.int64], packing: Packing) -> list[torch.Tensor]:
-        inputs = collate(self._tokens, rows, self._padding, self._device)
+        inputs = collate(self.tokens, rows, self._padding, self._device)
         with self.precision.autocast():
             return self.encoder.states(packing, inputs)
 
