@@ -105,9 +105,7 @@ def make_base(folder: Path, family: str = "bert", **settings: object) -> Path:
         "initializer_range": 0.1,  # with BERT's 0.02 the features of random layers are too alike to learn from
     }
     if family == "distilbert":
-        sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            sizes.pop(name)
+        sizes["hidden_dim"] = sizes.pop("intermediate_size")  # the only size that it does not also know by BERT's name
     config = AutoConfig.for_model(family, **{**sizes, **settings})
     AutoModel.from_config(config).save_pretrained(folder)
     return folder

@@ -103,17 +103,22 @@ class Site(AdapterLayer):
         """adapter_names: one a row, as PEFT passes them for batches of several adapters."""
         output = self.base_layer(*args, **kwargs)
         h, *rest = output if isinstance(output, tuple) else (output,)
+        h = self.changed(h, adapter_names)
+        return (h, *rest) if isinstance(output, tuple) else h
+
+    def changed(self, h: torch.Tensor, adapter_names: list[str] | None = None) -> torch.Tensor:
+        """h', where x is in the stream; what stands in for norm(h' + x) is there afterwards."""
         x = self.stream.take()
         active: Any = self.active_adapters
         names: list[str] = [] if self.disable_adapters else adapter_names or active
-        if any(map(self.carries, dict.fromkeys(names))):
-            # Under autocast h is of few bits and x is not; the sum that the adapter takes part in shall not lose them.
-            h = h.to(torch.promote_types(h.dtype, x.dtype))
-            if adapter_names is not None:
-                h = self._mixed(h, x, names)
-            else:
-                h, self.stream.result = self._adapted(h, x, [name for name in names if self.carries(name)])
-        return (h, *rest) if isinstance(output, tuple) else h
+        if not any(map(self.carries, dict.fromkeys(names))):
+            return h
+        # Under autocast h is of few bits and x is not; the sum that the adapter takes part in shall not lose them.
+        h = h.to(torch.promote_types(h.dtype, x.dtype))
+        if adapter_names is not None:
+            return self._mixed(h, x, names)
+        h, self.stream.result = self._adapted(h, x, [name for name in names if self.carries(name)])
+        return h
 
     @property
     def is_at_work(self) -> bool:

@@ -19,17 +19,41 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from components.adapters import families
 from components.adapters.bottleneck import Bottleneck
+from components.adapters.families import Site as Place
+from components.adapters.families import Stack
 from components.adapters.layer import SharedParts, Site
 from components.adapters.parameters import is_adapted
-from components.training.frozen import ACTIVATIONS, Attention, FeedForward
+from components.training.frozen import ACTIVATIONS, Attention, FeedForward, attended
 from components.training.packing import Packing, takes_packed
 
-# Families with the modules of BERT, whose heads read the first token.
-FAMILIES = ("bert", "roberta", "xlm-roberta", "electra")
-QKV = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))
+
+@dataclass(frozen=True)
+class Matrices:
+    """Paths below a layer, of its nn.Linear: query, key, value and output of attention; up and down of feed-forward."""
+
+    attention: tuple[str, str, str, str]
+    output: tuple[str, str]
+
+
+_BERT = Matrices(
+    ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    ("intermediate.dense", "output.dense"),
+)
+# Families that compute as BERT does, whose heads read the first token.
+FAMILIES = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "electra": _BERT,
+    "distilbert": Matrices(
+        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"), ("ffn.lin1", "ffn.lin2")
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -50,45 +74,39 @@ class SubLayer:
     """h of x, and its end."""
 
     def __init__(
-        self,
-        layer: nn.Module,
-        kind: str,
-        last: bool,
-        dtype: torch.dtype,
-        heads: int,
-        activation: str,
-        at_rest: bool,
+        self, layer: nn.Module, matrices: Sequence[str], place: Place, config: Any, dtype: torch.dtype, at_rest: bool
     ) -> None:
-        self.layer, self.kind, self.last = layer, kind, last
-        self.end: Any = layer.get_submodule("attention.output" if kind == "attention" else "output")
-        names = (*QKV, "attention.output.dense") if kind == "attention" else ("intermediate.dense", "output.dense")
-        modules: list[Any] = [layer.get_submodule(name) for name in names]
-        self.inner = [layer.get_submodule("attention.self" if kind == "attention" else "intermediate"), modules[-1]]
+        """matrices: as in `Matrices`."""
+        self.is_attention, self.heads, self.last = len(matrices) == 4, config.num_attention_heads, False
+        self.exit, self.norm = layer.get_submodule(place.exit), layer.get_submodule(place.norm or "")
+        found = [layer.get_submodule(name) for name in matrices]
+        # DistilBERT's exit is its output matrix: what adapters do there comes after it.
+        self.modules: list[Any] = [each.base_layer if isinstance(each, Site) else each for each in found]
+        activation = getattr(config, "hidden_act", None) or config.activation
+        self.activation = ACT2FN[activation]
         self.frozen: Attention | FeedForward | None = None
-        self.modules = modules
-        plain = all(type(each) is nn.Linear and each.bias is not None for each in modules)
-        if plain and (at_rest or not any(map(_learns, modules))):
-            if kind == "attention":
-                query, key, value, out = modules
-                self.frozen = Attention(query, key, value, out, heads, dtype)
+        plain = all(type(each) is nn.Linear and each.bias is not None for each in self.modules)
+        if plain and (at_rest or not any(map(_learns, self.modules))):
+            if self.is_attention:
+                query, key, value, out = self.modules
+                self.frozen = Attention(query, key, value, out, self.heads, dtype)
             elif activation in ACTIVATIONS:
-                up, down = modules
+                up, down = self.modules
                 self.frozen = FeedForward(up, down, activation, dtype)
 
     @property
     def begins_to_learn(self) -> str | None:
         """Where in here something is trained first."""
-        if any(map(_learns, self.inner)):
+        if any(map(_learns, self.modules)):
             return "before"
-        exit_, norm = self.end.dropout, self.end.LayerNorm
-        if isinstance(exit_, Site) and _learns(exit_) and exit_.is_at_work:
+        if isinstance(self.exit, Site) and _learns(self.exit) and self.exit.is_at_work:
             return "inside"
-        return "inside" if _learns(norm) else None
+        return "inside" if _learns(self.norm) else None
 
     @property
     def first(self) -> bool:
         """Does it make states of the first token of each row alone?"""
-        return self.last and self.kind == "attention"
+        return self.last and self.is_attention
 
     def h(self, x: torch.Tensor, packing: Packing, fused: bool) -> torch.Tensor:
         """x: (tokens, hidden), packed; what is made (rows, hidden) where it is `first`."""
@@ -96,21 +114,24 @@ class SubLayer:
             return self.frozen(x, packing, self.first, fused)
         if isinstance(self.frozen, FeedForward):
             return self.frozen(x)
-        made: Any
-        if self.kind == "attention":
-            made = self.inner[0](packing.spread(x), packing.allowed)[0]
-            made = made[:, 0] if self.first else packing.pack(made)
+        made: torch.Tensor
+        if self.is_attention:
+            query, key, value, out = self.modules
+            asked = x[packing.firsts] if self.first else x
+            q, k, v = (part.unflatten(1, (self.heads, -1)) for part in (query(asked), key(x), value(x)))
+            made = out(attended(q, k, v, packing))
         else:
-            made = self.inner[0](x)
-        made = self.inner[1](made)
-        return made  # type: ignore[no-any-return]  # a module's output
+            up, down = self.modules
+            made = down(self.activation(up(x)))
+        return made
 
     def ended(self, h: torch.Tensor, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """What the next sub-layer reads. h, x: (tokens or rows, hidden)."""
         h, x = packing.apart(h), packing.apart(x.to(h.dtype))
-        if isinstance(self.end.dropout, Site):
-            self.end.dropout.stream.x = x
-        made: torch.Tensor = self.end.LayerNorm(self.end.dropout(h) + x)
+        if isinstance(self.exit, Site):
+            self.exit.stream.x = x
+            h = self.exit.changed(h)
+        made: torch.Tensor = self.norm(h + x)
         return made.flatten(0, 1)
 
 
@@ -123,13 +144,14 @@ class Encoder:
         """
         self.model, self.plain_until, self.dtype = model, plain_until, dtype
         base = _classifier(model)
-        self._encoder = base.base_model.encoder
-        layers, config = list(self._encoder.layer), base.config
+        self._encoder, matrices, stack = _layers(base)
         self.sublayers = [
-            SubLayer(layer, kind, layer is layers[-1], dtype, config.num_attention_heads, config.hidden_act, at_rest)
-            for layer in layers
-            for kind in ("attention", "output")
+            SubLayer(layer, names, place, base.config, dtype, at_rest)
+            for layer in self._encoder.layer
+            for names, place in ((matrices.attention, stack.attention), (matrices.output, stack.output))
         ]
+        for each in self.sublayers[-2:]:
+            each.last = True
         with torch.no_grad():  # whatever AdapterDrop has drawn
             self.cut = self._find_cut()
         # What layers share, as Compacter's rule, is in none of them.
@@ -157,6 +179,7 @@ class Encoder:
             type(base).__name__.endswith("ForSequenceClassification")
             and config._attn_implementation == "sdpa"  # no prefixes
             and not any(each.is_prompt_learning or getattr(each, "use_gating", False) for each in own)
+            and not _is_elsewhere(base)
             and not any(vars(module).get("gradient_checkpointing") for module in base.modules())
         )
 
@@ -164,7 +187,7 @@ class Encoder:
         for number, each in enumerate(self.sublayers):
             if where := each.begins_to_learn:
                 inside = where == "inside"
-                reads_all = not each.last or (each.kind == "attention" and not inside)
+                reads_all = not each.last or (each.is_attention and not inside)
                 return Cut(number, inside, 2 if inside else 1, not reads_all)
         return Cut(len(self.sublayers), inside=False, states=1, first=True)
 
@@ -176,7 +199,7 @@ class Encoder:
     @cached_property
     def packs(self) -> bool:
         """Do rows lie packed? Not where adapters that rows pass by must know the rows."""
-        config = self._encoder.config
+        config = self.model.config
         parts = (each for each in self._encoder.modules() if isinstance(each, Bottleneck))
         return takes_packed(
             self.model.device, self.dtype, config.hidden_size // config.num_attention_heads
@@ -273,6 +296,20 @@ def forward_instead(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
         del module.forward
         if earlier:
             module.forward = earlier
+
+
+def _layers(base: Any) -> tuple[Any, Matrices, Stack]:
+    """The module with the layers of a classifier, where their matrices are, and where their sub-layers end."""
+    family = base.config.model_type
+    (stack,) = families.FAMILIES[family]
+    return base.base_model.get_submodule(stack.layers.rpartition(".")[0]), FAMILIES[family], stack
+
+
+def _is_elsewhere(base: Any) -> bool:
+    """Are there adapters at places that its user named?"""
+    encoder, _, stack = _layers(base)
+    ends = {layer.get_submodule(place.exit) for layer in encoder.layer for place in stack.sites.values()}
+    return any(isinstance(each, Site) and each not in ends for each in base.modules())
 
 
 def _classifier(model: Any) -> Any:

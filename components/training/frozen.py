@@ -58,16 +58,7 @@ class Attention:
 
     def _fused(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         q, k, v = F.linear(x, self.qkv, self.qkv_bias).view(len(x), 3, self.heads, -1).unbind(1)
-        if x.is_cuda and (packed := packing.packed):
-            from torch.nn.attention.varlen import varlen_attn  # takes long to import
-
-            seen: Any = varlen_attn(q, k, v, *2 * (packed.bounds,), *2 * (packed.longest,), scale=1.0)
-        else:
-            shape = packing.rows, packing.width, self.heads, self.hidden // self.heads
-            q, k, v = (packing.spread(each.flatten(1)).view(shape).transpose(1, 2) for each in (q, k, v))
-            seen = F.scaled_dot_product_attention(q, k, v, attn_mask=packing.allowed, scale=1.0)
-            seen = packing.pack(seen.transpose(1, 2).flatten(2))
-        return F.linear(seen.reshape(x.shape), self.out, self.out_bias)
+        return F.linear(attended(q, k, v, packing, 1.0), self.out, self.out_bias)
 
     @property
     def key(self) -> torch.Tensor:
@@ -180,6 +171,28 @@ class _FeedForward(torch.autograd.Function):
         (inner,) = ctx.saved_tensors
         own = ctx.own
         return own.derived(grad @ own.down, inner) @ own.up, None
+
+
+def attended(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing, scale: float | None = None
+) -> torch.Tensor:
+    """What each query sees, by torch's fused attention: (tokens, hidden), or (rows, hidden) of one query a row.
+
+    q: (tokens or rows, heads, features).  k, v: (tokens, heads, features).  scale: of scores; else features ** -0.5.
+    """
+    by_first = len(q) == packing.rows
+    if q.is_cuda and (packed := packing.packed) and not by_first:
+        from torch.nn.attention.varlen import varlen_attn  # takes long to import
+
+        seen: Any = varlen_attn(q, k, v, *2 * (packed.bounds,), *2 * (packed.longest,), scale=scale)
+        return seen.flatten(1)  # type: ignore[no-any-return]  # torch leaves it untyped
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return packing.spread(x.flatten(1)).view(packing.rows, packing.width, *x.shape[1:]).transpose(1, 2)
+
+    asked = q.unsqueeze(2) if by_first else spread(q)
+    seen = F.scaled_dot_product_attention(asked, spread(k), spread(v), attn_mask=packing.allowed, scale=scale)
+    return seen.flatten(1) if by_first else packing.pack(seen.transpose(1, 2).flatten(2))
 
 
 def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

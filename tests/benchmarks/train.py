@@ -26,6 +26,7 @@ import torch
 from components import base_model, digest
 from components.config import BaseConfig
 from components.errors import AdapterlineError
+from components.training.kernels import shape_of
 from components.training.spec import code_version
 from tests.benchmarks import peer, prepared, standings, work
 from tests.benchmarks.rivals import RIVALS, Setup, run
@@ -125,16 +126,16 @@ def _report(record: Record, wanted: list[tuple[str, int, int, int]], setup: Setu
     by_rival: dict[str, list[dict[str, Any]]] = {}
     for what in wanted:
         by_rival.setdefault(what[0], []).append(record.sample(*what) or {})
-    lengths, found = setup.data.lengths(), {}
+    lengths, found, sizes = setup.data.lengths(), {}, shape_of(config)
     for name, samples in by_rival.items():
         rival = RIVALS[name]
         shape = work.Shape(
             layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            feed_forward=config.intermediate_size,
+            hidden=sizes.hidden,
+            feed_forward=sizes.inner,
             labels=len(setup.data.labels),
-            heads=config.num_attention_heads,
-            bottleneck=0 if rival.full else config.hidden_size // BOTTLENECK,
+            heads=sizes.heads,
+            bottleneck=0 if rival.full else sizes.hidden // BOTTLENECK,
             first=len(setup.left_out(rival)),
         )
         precision = "bfloat16" if rival.low and setup.bf16 else "float32"

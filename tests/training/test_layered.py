@@ -25,7 +25,6 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0}
 SPECIAL = {"bos_token_id": 2, "eos_token_id": 3}
 LAYERS = 4
 FAMILIES: dict[str, dict[str, Any]] = {
-    "distilbert": {"n_layers": LAYERS, "dropout": 0.0},
     "mpnet": NO_DROPOUT,
     "deberta-v2": {
         **NO_DROPOUT,
@@ -68,8 +67,7 @@ def base_of(tmp_path_factory: pytest.TempPathFactory) -> BaseOf:
 
     def base(family: str) -> Path:
         if family not in made:
-            sizes = {} if family == "distilbert" else {"num_hidden_layers": LAYERS}
-            settings = {**sizes, **FAMILIES.get(family, {})}
+            settings = {"num_hidden_layers": LAYERS, **FAMILIES.get(family, {})}
             made[family] = make_base(tmp_path_factory.mktemp(family), family, **settings)
         return made[family]
 
@@ -117,8 +115,8 @@ def test_so_they_do_by_every_method(base_of: BaseOf, family: str, method: str, c
 
 
 def test_what_is_left_to_chance_is_drawn_as_without_a_trunk(base_of: BaseOf) -> None:
-    tokens = tokens_of(base_of("distilbert"))
-    assert cut(model_of(base_of("distilbert"), "pfeiffer", dropout=0.5, **HALF), tokens) == 2
+    tokens = tokens_of(base_of("mpnet"))
+    assert cut(model_of(base_of("mpnet"), "pfeiffer", dropout=0.5, **HALF), tokens) == 2
 
 
 @pytest.mark.parametrize(("settings", "layer"), [
@@ -168,7 +166,7 @@ def test_a_kept_trunk_is_computed_once(base_of: BaseOf, cache: TrunkCache) -> No
 @pytest.mark.parametrize("low", [False, True])
 def test_validation_is_scored_in_float32_as_by_the_whole_model(base_of: BaseOf, low: bool, cache: TrunkCache) -> None:
     """Also in the middle of training, and whatever the arithmetic of training is."""
-    base = base_of("distilbert")
+    base = base_of("mpnet")
     tokens, model = tokens_of(base), model_of(base, "pfeiffer", **HALF)
     learner = loop.learner(model, SCHEDULE, TrainingConfig(), len(tokens.ids), CPU)
     training_mode(model)
