@@ -127,10 +127,12 @@ class SubLayer:
 
     def ended(self, h: torch.Tensor, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """What the next sub-layer reads. h, x: (tokens or rows, hidden)."""
-        h, x = packing.apart(h), packing.apart(x.to(h.dtype))
+        h, x = packing.apart(h), packing.apart(x)
         if isinstance(self.exit, Site):
             self.exit.stream.x = x
             h = self.exit.changed(h)
+        elif isinstance(self.exit, nn.Dropout):
+            h = self.exit(h)
         made: torch.Tensor = self.norm(h + x)
         return made.flatten(0, 1)
 
@@ -138,11 +140,15 @@ class SubLayer:
 class Encoder:
     """The layers of one model, with matrices kept in `dtype`."""
 
-    def __init__(self, model: Any, dtype: torch.dtype, plain_until: int = 0, at_rest: bool = False) -> None:
+    def __init__(
+        self, model: Any, dtype: torch.dtype, plain_until: int = 0, at_rest: bool = False, as_written: bool = False
+    ) -> None:
         """plain_until: rows of at most so many tokens attend by plain products, others by torch's fused attention.
-        at_rest: nothing learns for as long as this encoder is used, whatever may do so otherwise.
+        at_rest: nothing learns for as long as this encoder is used, whatever may do so otherwise.  as_written: what
+        passes from one sub-layer to the next is of the model's own dtype, and the last one makes every token.
         """
         self.model, self.plain_until, self.dtype = model, plain_until, dtype
+        self._as_written = as_written
         base = _classifier(model)
         self._encoder, matrices, stack = _layers(base)
         self.sublayers = [
@@ -151,7 +157,7 @@ class Encoder:
             for names, place in ((matrices.attention, stack.attention), (matrices.output, stack.output))
         ]
         for each in self.sublayers[-2:]:
-            each.last = True
+            each.last = not as_written
         with torch.no_grad():  # whatever AdapterDrop has drawn
             self.cut = self._find_cut()
         # What layers share, as Compacter's rule, is in none of them.
@@ -227,7 +233,8 @@ class Encoder:
         """What the head makes of the first tokens when all layers are computed at once, (rows, classes)."""
 
         def layers(x: torch.Tensor) -> torch.Tensor:
-            return self._through(self.sublayers, packing.pack(x.to(self.dtype)), packing).unsqueeze(1)
+            x = self._through(self.sublayers, self._packed(x, packing), packing)
+            return (x if self.sublayers[-1].last else x[packing.firsts]).unsqueeze(1)
 
         logits: torch.Tensor = self._instead(layers, **inputs).logits
         return logits
@@ -237,8 +244,7 @@ class Encoder:
         made: list[torch.Tensor] = []
 
         def record(x: torch.Tensor) -> torch.Tensor:
-            x = F.pad(x, (0, 0, 0, packing.width - x.shape[1]))
-            made.extend(self._trunk(packing.pack(x.to(self.dtype)), packing))
+            made.extend(self._trunk(self._packed(x, packing), packing))
             return x[:, :1]
 
         with torch.no_grad():
@@ -250,8 +256,12 @@ class Encoder:
         *h, x = states
         begin = self.cut.sublayer
         if h:
-            x, begin = self.sublayers[begin].ended(h[0], x, packing), begin + 1
+            x, begin = self._ended(self.sublayers[begin], h[0], x, packing), begin + 1
         return self._through(self.sublayers[begin:], x, packing)
+
+    def _packed(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        x = x if self._as_written else x.to(self.dtype)
+        return packing.pack(F.pad(x, (0, 0, 0, packing.width - x.shape[1])))
 
     def _trunk(self, x: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
         x = self._through(self.sublayers[: self.cut.sublayer], x, packing)
@@ -264,8 +274,11 @@ class Encoder:
     def _through(self, sublayers: Sequence[SubLayer], x: torch.Tensor, packing: Packing) -> torch.Tensor:
         for each in sublayers:
             h = each.h(x, packing, self._fused(packing))
-            x = each.ended(h, x[packing.firsts] if each.first else x, packing)
+            x = self._ended(each, h, x[packing.firsts] if each.first else x, packing)
         return x
+
+    def _ended(self, sublayer: SubLayer, h: torch.Tensor, x: torch.Tensor, packing: Packing) -> torch.Tensor:
+        return sublayer.ended(h, x if self._as_written else x.to(h.dtype), packing)
 
     def _fused(self, packing: Packing) -> bool:
         return packing.width > self.plain_until

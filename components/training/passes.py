@@ -107,30 +107,35 @@ class AboveLayers(Whole):
             return super().logits(rows)
 
 
-class AtRest:
-    """Every layer of every row, in float32, while nothing learns; of the last one only what the head reads."""
+class ByEncoder:
+    """Every layer of every row, through an encoder in its place in the model: without padding where that packs."""
 
-    def __init__(self, encoder: Encoder, tokens: Tokens, padding: int, device: torch.device) -> None:
-        """encoder: made for a model at rest, and in its place there."""
-        self._encoder, self._lengths = encoder, tokens.lengths
+    def __init__(
+        self, encoder: Encoder, tokens: Tokens, padding: int, device: torch.device, precision: Precision
+    ) -> None:
+        self._encoder, self._lengths, self._precision = encoder, tokens.lengths, precision
         self._tokens, self._padding, self._device = tokens, padding, device
 
     def logits(self, rows: Rows) -> torch.Tensor:
-        packing = Packing.of(self._lengths[rows], torch.float32, self._device)
-        return self._encoder.whole(packing, collate(self._tokens, rows, self._padding, self._device))
+        packing = Packing.of(self._lengths[rows], self._encoder.dtype, self._device, self._encoder.packs)
+        with self._precision.autocast():
+            return self._encoder.whole(packing, collate(self._tokens, rows, self._padding, self._device))
 
 
 @contextmanager
 def at_rest(model: Any, tokens: Tokens, padding: int, device: torch.device, batches: int) -> Iterator[Pass]:
-    """How so many batches go through the model in float32 while nothing learns. model: in evaluation mode."""
+    """How so many batches go through the model in float32 while nothing learns; of the last layer only what the head
+    reads. model: in evaluation mode.
+    """
+    precision = Precision(device, low=False)
     # A single batch is computed before matrices are laid together for it.
     if batches < 2 or not Encoder.knows(model) or not _IN_PLACE.acquire(blocking=False):
-        yield Whole(model, tokens, padding, device, Precision(device, low=False), compile=False)
+        yield Whole(model, tokens, padding, device, precision, compile=False)
         return
     try:
         encoder = Encoder(model, torch.float32, at_rest=True)
         with encoder.in_place():
-            yield AtRest(encoder, tokens, padding, device)
+            yield ByEncoder(encoder, tokens, padding, device, precision)
     finally:
         _IN_PLACE.release()
 
@@ -168,26 +173,42 @@ def passes(
 ) -> Iterator[Passes]:
     """How batches go through the model while it learns. model: in training mode.  batch: rows of one."""
     exact = precision if not precision.low else Precision(device, low=False)
-    if not Encoder.fits(model):
-        few = np.unique(train.lengths, return_index=True)[1][:2]  # the shortest, of two lengths
-        layered = means.cache and Layered.of(model, collate(train, few, padding, device), precision.dtype)
-        if not (means.cache and layered):
-            whole = Whole(model, train, padding, device, precision, means.compile)
-            yield Passes(whole, at_once=means.tokens_at_once)
-            return
+    if Encoder.fits(model):
+        encoder = Encoder(model, precision.dtype, precision.plain_until)
+        judge = encoder if exact is precision else Encoder(model, exact.dtype, exact.plain_until)
+        alone = device.type != "cpu" or encoder.draws
+        crew = Crew(1 if alone else min(torch.get_num_threads(), max(1, batch // ROWS_EACH)))
+        learn, check = (
+            AboveTrunk(Trunk(encoder, train, padding, device, precision), crew),
+            AboveTrunk(Trunk(judge, validation, padding, device, exact), ALONE),
+        )
+        with encoder.in_place(), judge.in_place() if judge is not encoder else nullcontext(), crew.at_work():
+            if means.cache is not None:
+                learn.trunk.keep(means.cache, means.base, crew)
+            at_once = means.tokens_at_once or (LEARNED_AT_ONCE if device.type == "cpu" else None)
+            yield Passes(learn, check, crew, at_once, means, encoder.replaced)
+    elif packed := _packed(model, precision, means):
+        with packed.in_place():
+            yield Passes(ByEncoder(packed, train, padding, device, precision), at_once=means.tokens_at_once)
+    elif means.cache is not None and (layered := _layered(model, train, padding, device, precision)):
         below = Trunk(layered, train, padding, device, precision)
         below.keep(means.cache, means.base, ALONE)
         checked = Trunk(replace(layered, dtype=exact.dtype), validation, padding, device, exact)
-        learn, check = (AboveLayers(trunk, model, padding, device) for trunk in (below, checked))
-        yield Passes(learn, check, at_once=means.tokens_at_once, means=means)
-        return
-    encoder = Encoder(model, precision.dtype, precision.plain_until)
-    judge = encoder if exact is precision else Encoder(model, exact.dtype, exact.plain_until)
-    alone = device.type != "cpu" or encoder.draws
-    crew = Crew(1 if alone else min(torch.get_num_threads(), max(1, batch // ROWS_EACH)))
-    trunks = Trunk(encoder, train, padding, device, precision), Trunk(judge, validation, padding, device, exact)
-    with encoder.in_place(), judge.in_place() if judge is not encoder else nullcontext(), crew.at_work():
-        if means.cache is not None:
-            trunks[0].keep(means.cache, means.base, crew)
-        at_once = means.tokens_at_once or (LEARNED_AT_ONCE if device.type == "cpu" else None)
-        yield Passes(AboveTrunk(trunks[0], crew), AboveTrunk(trunks[1], ALONE), crew, at_once, means, encoder.replaced)
+        above, judged = (AboveLayers(trunk, model, padding, device) for trunk in (below, checked))
+        yield Passes(above, judged, at_once=means.tokens_at_once, means=means)
+    else:
+        whole = Whole(model, train, padding, device, precision, means.compile)
+        yield Passes(whole, at_once=means.tokens_at_once)
+
+
+def _packed(model: Any, precision: Precision, means: Means) -> Encoder | None:
+    """For full fine-tuning where rows lie packed."""
+    if is_adapted(model) or not Encoder.knows(model) or means.compile:
+        return None
+    encoder = Encoder(model, precision.dtype, as_written=True)
+    return encoder if encoder.packs else None
+
+
+def _layered(model: Any, tokens: Tokens, padding: int, device: torch.device, precision: Precision) -> Layered | None:
+    few = np.unique(tokens.lengths, return_index=True)[1][:2]  # the shortest, of two lengths
+    return Layered.of(model, collate(tokens, few, padding, device), precision.dtype)
