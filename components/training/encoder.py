@@ -28,7 +28,7 @@ from components.adapters.families import Site as Place
 from components.adapters.families import Stack
 from components.adapters.layer import SharedParts, Site
 from components.adapters.parameters import is_adapted
-from components.training.frozen import ACTIVATIONS, Attention, FeedForward, attended
+from components.training.frozen import ACTIVATIONS, Attention, FeedForward, attended, attends_packed
 from components.training.packing import Packing, takes_packed
 
 
@@ -205,11 +205,15 @@ class Encoder:
     @cached_property
     def packs(self) -> bool:
         """Do rows lie packed? Not where adapters that rows pass by must know the rows."""
-        config = self.model.config
+        config, device = self.model.config, self.model.device
+        heads = config.num_attention_heads
+        features = config.hidden_size // heads
         parts = (each for each in self._encoder.modules() if isinstance(each, Bottleneck))
-        return takes_packed(
-            self.model.device, self.dtype, config.hidden_size // config.num_attention_heads
-        ) and not any(each.config.stochastic_depth for each in parts)
+        return (
+            takes_packed(device, self.dtype, features)
+            and attends_packed(device, self.dtype, heads, features)
+            and not any(each.config.stochastic_depth for each in parts)
+        )
 
     @property
     def draws(self) -> bool:

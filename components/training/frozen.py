@@ -9,15 +9,20 @@ All tensors: x (tokens, hidden), rows packed one behind the other; what is retur
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 
 from components.training.packing import Packing
 
+log = logging.getLogger("adapterline")
 aten = torch.ops.aten
 
 Derived = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -193,6 +198,40 @@ def attended(
     asked = q.unsqueeze(2) if by_first else spread(q)
     seen = F.scaled_dot_product_attention(asked, spread(k), spread(v), attn_mask=packing.allowed, scale=scale)
     return seen.flatten(1) if by_first else packing.pack(seen.transpose(1, 2).flatten(2))
+
+
+@cache
+def attends_packed(device: torch.device, dtype: torch.dtype, heads: int, features: int) -> bool:
+    """Is what packed rows see there what padded ones do, and its gradients? Tried once: builds of torch differ in what
+    they have FlashAttention for.
+    """
+    lengths = np.array([5, 17, 1])
+    try:
+        with torch.enable_grad():
+            packed, padded = (_attention_of(lengths, device, dtype, heads, features, each) for each in (True, False))
+    except Exception as error:  # noqa: BLE001  # a kernel that is not there says so as it likes
+        log.warning("rows are padded: attention of packed ones fails here: %s", str(error).partition("\n")[0][:200])
+        return False
+    if all(torch.allclose(one, other, rtol=0.05, atol=0.05) for one, other in zip(packed, padded, strict=True)):
+        return True
+    log.warning("rows are padded: attention of packed ones gives something else here")
+    return False
+
+
+def _attention_of(
+    lengths: npt.NDArray[np.int64], device: torch.device, dtype: torch.dtype, heads: int, features: int, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens of all rows, hidden) of random queries, keys and values, the same in each call, and their gradients."""
+    packing = Packing.of(lengths, dtype, device, packed)
+    of_rows = torch.from_numpy(
+        np.concatenate([np.arange(n) + at for n, at in zip(lengths, packing.starts, strict=True)])
+    )
+    given = torch.randn(len(of_rows), 3, heads, features, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(packing.tokens, 3, heads, features).index_copy(0, of_rows, given).to(device, dtype).requires_grad_()
+    q, k, v = x.unbind(1)
+    seen = attended(q, k, v, packing)[of_rows.to(device)]
+    (gradients,) = torch.autograd.grad(seen.float().square().sum(), x)
+    return seen, gradients[of_rows.to(device)]
 
 
 def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

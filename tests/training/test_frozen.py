@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from components.training.frozen import Attention
+from components.training import frozen
+from components.training.frozen import Attention, attends_packed
 from components.training.packing import Packing, takes_packed
 
 HIDDEN, HEADS, LENGTHS = 32, 4, np.array([5, 11, 1])
@@ -86,3 +87,24 @@ def test_on_cpus_rows_are_padded() -> None:
     assert packing.packed is None
     assert packing.tokens == 3 * 8
     assert packing.starts.tolist() == [0, 8, 16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_rows_see_what_padded_ones_do(dtype: torch.dtype) -> None:
+    assert attends_packed(CPU, dtype, HEADS, HIDDEN // HEADS)
+
+
+@pytest.mark.parametrize("fault", ["fails", "differs"])
+def test_where_they_do_not_rows_are_padded_and_why_is_told(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = frozen.attended
+
+    def wrong(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing) -> torch.Tensor:
+        if packing.packed and fault == "fails":
+            raise NotImplementedError("no such kernel")
+        return right(q, k, v.flip(0) if packing.packed else v, packing)
+
+    monkeypatch.setattr(frozen, "attended", wrong)
+    assert not attends_packed.__wrapped__(CPU, torch.float32, HEADS, HIDDEN // HEADS)
+    assert ("no such kernel" if fault == "fails" else "something else") in caplog.text
