@@ -121,10 +121,11 @@ class Site(AdapterLayer):
         return h
 
     @property
-    def is_at_work(self) -> bool:
-        """Does any active adapter work here, in this step?"""
+    def may_work(self) -> bool:
+        """Does any active adapter work here, in some step or when used?"""
         active: Any = self.active_adapters
-        return any(map(self.carries, active))
+        configs = [part.config for name in active if (part := self._part(name)) is not None]
+        return any(self.index >= min([each.drop_layers, *(each.drop_range or ())]) for each in configs)
 
     def carries(self, name: str) -> bool:
         """Does this adapter work here, in this step?"""

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from components.adapters import families
@@ -34,15 +34,19 @@ from components.training.packing import Packing, takes_packed
 
 @dataclass(frozen=True)
 class Matrices:
-    """Paths below a layer, of its nn.Linear: query, key, value and output of attention; up and down of feed-forward."""
+    """Paths below a layer, of its nn.Linear: query, key, value and output of attention; up and down of feed-forward.
+    And of what is between the latter.
+    """
 
     attention: tuple[str, str, str, str]
     output: tuple[str, str]
+    activation: str
 
 
 _BERT = Matrices(
     ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
     ("intermediate.dense", "output.dense"),
+    "intermediate.intermediate_act_fn",
 )
 # Families that compute as BERT does, whose heads read the first token.
 FAMILIES = {
@@ -51,7 +55,9 @@ FAMILIES = {
     "xlm-roberta": _BERT,
     "electra": _BERT,
     "distilbert": Matrices(
-        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"), ("ffn.lin1", "ffn.lin2")
+        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        ("ffn.lin1", "ffn.lin2"),
+        "ffn.activation",
     ),
 }
 
@@ -74,19 +80,26 @@ class SubLayer:
     """h of x, and its end."""
 
     def __init__(
-        self, layer: nn.Module, matrices: Sequence[str], place: Place, config: Any, dtype: torch.dtype, at_rest: bool
+        self,
+        layer: nn.Module,
+        names: Sequence[str],
+        place: Place,
+        config: Any,
+        matrices: Matrices,
+        dtype: torch.dtype,
+        at_rest: bool,
     ) -> None:
-        """matrices: as in `Matrices`."""
-        self.is_attention, self.heads, self.last = len(matrices) == 4, config.num_attention_heads, False
+        """names: of the matrices in here."""
+        self.is_attention, self.heads, self.last = names == matrices.attention, config.num_attention_heads, False
         self.exit, self.norm = layer.get_submodule(place.exit), layer.get_submodule(place.norm or "")
-        found = [layer.get_submodule(name) for name in matrices]
+        found = [layer.get_submodule(name) for name in names]
         # DistilBERT's exit is its output matrix: what adapters do there comes after it.
         self.modules: list[Any] = [each.base_layer if isinstance(each, Site) else each for each in found]
-        activation = getattr(config, "hidden_act", None) or config.activation
-        self.activation = ACT2FN[activation]
+        self.activation: Any = attrgetter(matrices.activation)(layer)  # some have weights
         self.frozen: Attention | FeedForward | None = None
         plain = all(type(each) is nn.Linear and each.bias is not None for each in self.modules)
         if plain and (at_rest or not any(map(_learns, self.modules))):
+            activation = getattr(config, "hidden_act", None) or config.activation
             if self.is_attention:
                 query, key, value, out = self.modules
                 self.frozen = Attention(query, key, value, out, self.heads, dtype)
@@ -99,7 +112,7 @@ class SubLayer:
         """Where in here something is trained first."""
         if any(map(_learns, self.modules)):
             return "before"
-        if isinstance(self.exit, Site) and _learns(self.exit) and self.exit.is_at_work:
+        if isinstance(self.exit, Site) and _learns(self.exit) and self.exit.may_work:
             return "inside"
         return "inside" if _learns(self.norm) else None
 
@@ -152,14 +165,13 @@ class Encoder:
         base = _classifier(model)
         self._encoder, matrices, stack = _layers(base)
         self.sublayers = [
-            SubLayer(layer, names, place, base.config, dtype, at_rest)
+            SubLayer(layer, names, place, base.config, matrices, dtype, at_rest)
             for layer in self._encoder.layer
             for names, place in ((matrices.attention, stack.attention), (matrices.output, stack.output))
         ]
         for each in self.sublayers[-2:]:
             each.last = not as_written
-        with torch.no_grad():  # whatever AdapterDrop has drawn
-            self.cut = self._find_cut()
+        self.cut = self._find_cut()
         # What layers share, as Compacter's rule, is in none of them.
         parts = [self._encoder, *(each for each in model.modules() if isinstance(each, SharedParts))]
         self.trained = [each for part in parts for each in part.parameters() if each.requires_grad]
@@ -185,7 +197,7 @@ class Encoder:
             type(base).__name__.endswith("ForSequenceClassification")
             and config._attn_implementation == "sdpa"  # no prefixes
             and not any(each.is_prompt_learning or getattr(each, "use_gating", False) for each in own)
-            and not _is_elsewhere(base)
+            and not any(getattr(each, "places", None) for each in own)  # which may be others
             and not any(vars(module).get("gradient_checkpointing") for module in base.modules())
         )
 

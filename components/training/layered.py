@@ -1,12 +1,12 @@
 """A model of any family, cut between two of its layers: all below the first one that learns is a trunk there, too.
 
-Where that is, autograd tells. The layers below are passed by, and the next one reads what was kept of its input.
-Whether the model computes the same then is tried on a few rows before: in T5 the first layer makes the position bias
-of all others, so it does not.
+The layers below are passed by, and the next one reads what was kept of its input. Whether the model computes the same
+then is tried on a few rows before: in T5 the first layer makes the position bias of all others, so it does not.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,19 +18,21 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 
 from components.adapters import places
+from components.adapters.layer import Site
 from components.adapters.parameters import is_adapted
-from components.adapters.step import steps_of
 from components.errors import ConfigError
 from components.training.encoder import forward_instead
 from components.training.packing import Packing
 
+log = logging.getLogger("adapterline")
 Inputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Between:
-    """Before the layer of this number, whose input is kept of every token."""
+    """Before the layer of this name and number, whose input is kept of every token."""
 
+    name: str
     layer: int
     states: int = 1
     first: bool = False
@@ -55,22 +57,20 @@ class Layered:
     def of(model: Any, inputs: Inputs, dtype: torch.dtype) -> Layered | None:
         """Cut as high as may be; None where that saves nothing, or the model would compute something else.
 
-        model: in training mode.  inputs: of a few rows, of unequal length.
+        model: in training mode.  inputs: of a few rows, each with padding.
         """
         layers = _layers(model)
-        if layers is None:
+        frozen = next((number for number, each in enumerate(layers.values()) if _may_learn(each)), len(layers) - 1)
+        if frozen < 1:
             return None
         device = inputs["input_ids"].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            run = _Run(model, layers, inputs)
-            if not run.is_plain:
+            run = _Run(model, [*layers.values()], inputs)
+            if not run.is_plain or run.read[frozen].requires_grad:
                 return None
-            drawn = [least for step in steps_of(model) for least, _ in step.ranges.values()]  # AdapterDrop's
-            cut = Between(min([sum(not x.requires_grad for x in run.read) - 1, *drawn]))
-            found = Layered(model, torch.float32, layers, cut, run.beside)
-            if cut.layer < 1 or not found._computes_the_same(inputs):
-                return None
-        return replace(found, dtype=dtype)
+            cut = Between([*layers][frozen], frozen)
+            found = Layered(model, torch.float32, [*layers.values()], cut, run.beside)
+            return replace(found, dtype=dtype) if found._computes_the_same(inputs) else None
 
     def states(self, packing: Packing, inputs: Inputs) -> list[torch.Tensor]:
         """What the layer above the cut reads, (tokens, hidden)."""
@@ -83,7 +83,7 @@ class Layered:
 
     @contextmanager
     def above(self, states: list[torch.Tensor], packing: Packing) -> Iterator[None]:
-        """For the length of the block the model's forward pass begins with these states."""
+        """For the length of the block the model's forward pass begins with these states, in whatever thread."""
         x = packing.spread(states[0])
         with ExitStack() as stack:
             for layer in self.layers[: self.cut.layer]:
@@ -100,9 +100,11 @@ class Layered:
         with torch.no_grad():
             whole = _Run(self.model, self.layers, inputs)
             try:
-                with self.above(self.states(packing, inputs), packing):
+                kept = [packing.spread(each) * there[:, : packing.width, None] for each in self.states(packing, inputs)]
+                with self.above([packing.pack(each) for each in kept], packing):
                     cut = _Run(self.model, self.layers, inputs)
-            except Exception:  # noqa: BLE001  # a family may fail as it likes; as a whole its model has just computed
+            except Exception as error:  # noqa: BLE001  # a family may fail as it likes; as a whole its model just computed
+                log.warning("no layer is passed by: %s", str(error).partition("\n")[0][:200])
                 return False
         pairs = (whole.last[there], cut.last[there]), (whole.logits, cut.logits)
         return all(torch.allclose(one, other, rtol=1e-4, atol=1e-5) for one, other in pairs)
@@ -161,7 +163,7 @@ def _reach(x: torch.Tensor) -> None:
 
 
 def _begin_with(x: torch.Tensor, instead_of: torch.Tensor) -> torch.Tensor:
-    return x[:, : instead_of.shape[1]].to(instead_of.dtype)
+    return F.pad(x, (0, 0, 0, instead_of.shape[1] - x.shape[1])).to(instead_of.dtype)
 
 
 @contextmanager
@@ -184,17 +186,24 @@ def _hooked(layer: nn.Module, see: Callable[[Any], torch.Tensor | None]) -> Iter
         handle.remove()
 
 
-def _layers(model: Any) -> list[nn.Module] | None:
-    """Those of the first stack; None where what is kept of texts would not do, or nobody knows them."""
+def _layers(model: Any) -> dict[str, nn.Module]:
+    """Those of the first stack; none where what is kept of texts would not do, or nobody knows them."""
     if not is_adapted(model):
-        return None
+        return {}
     own = list(model.peft_config.values())
     # Of tokens that are padding, a gate takes the mean, and an adapter learns whose neurons are masked.
     if any(each.is_prompt_learning or getattr(each, "use_gating", 0) or getattr(each, "mask_rate", 0) for each in own):
-        return None
+        return {}
     named = next((given for each in own if (given := getattr(each, "places", None))), None)
     try:
         first, *_ = places.of_model(model, named)
-        return [model.get_submodule(name) for name, _ in places.layers(model, (first,))]
+        return {name: model.get_submodule(name) for name, _ in places.layers(model, (first,))}
     except ConfigError:
-        return None
+        return {}
+
+
+def _may_learn(layer: nn.Module) -> bool:
+    """Has it parameters that learn, but for those of adapters that never work there (AdapterDrop)?"""
+    idle = [each for each in layer.modules() if isinstance(each, Site) and not each.may_work]
+    never = {parameter for site in idle for parameter in site.parameters()}
+    return any(parameter.requires_grad and parameter not in never for parameter in layer.parameters())

@@ -16,6 +16,7 @@ from torch import nn
 
 from components.adapters.parameters import is_adapted
 from components.adapters.places import positions
+from components.base_model import ATTENTION_DROPOUT
 from components.training.batching import LEARNED_AT_ONCE, Tokens, collate
 from components.training.compiled import Compiled
 from components.training.crew import ALONE, Crew, shares
@@ -190,7 +191,11 @@ def passes(
     elif packed := _packed(model, precision, means):
         with packed.in_place():
             yield Passes(ByEncoder(packed, train, padding, device, precision), at_once=means.tokens_at_once)
-    elif means.cache is not None and (layered := _layered(model, train, padding, device, precision)):
+    elif (
+        means.cache is not None
+        and not means.compile
+        and (layered := _layered(model, train, padding, device, precision))
+    ):
         below = Trunk(layered, train, padding, device, precision)
         below.keep(means.cache, means.base, ALONE)
         checked = Trunk(replace(layered, dtype=exact.dtype), validation, padding, device, exact)
@@ -203,12 +208,14 @@ def passes(
 
 def _packed(model: Any, precision: Precision, means: Means) -> Encoder | None:
     """For full fine-tuning where rows lie packed."""
-    if is_adapted(model) or not Encoder.knows(model) or means.compile:
+    drops = any(getattr(model.config, name, 0) for name in ATTENTION_DROPOUT)  # which packed rows do not
+    if is_adapted(model) or not Encoder.knows(model) or means.compile or drops:
         return None
     encoder = Encoder(model, precision.dtype, as_written=True)
     return encoder if encoder.packs else None
 
 
 def _layered(model: Any, tokens: Tokens, padding: int, device: torch.device, precision: Precision) -> Layered | None:
-    few = np.unique(tokens.lengths, return_index=True)[1][:2]  # the shortest, of two lengths
-    return Layered.of(model, collate(tokens, few, padding, device), precision.dtype)
+    lengths, first = np.unique(tokens.lengths, return_index=True)
+    width = min(int(lengths[:2].max()) + 1, positions(model.config))
+    return Layered.of(model, collate(tokens, first[:2], padding, device, width), precision.dtype)

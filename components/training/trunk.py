@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from components import digest
+from components.adapters.places import positions
 from components.training.batching import AT_ONCE, Tokens, bounded_batches, collate, moved
 from components.training.crew import Crew
 from components.training.encoder import Encoder
@@ -87,7 +88,8 @@ class Trunk(Generic[E]):
         return [moved(each, self._device) for each in found], packing
 
     def computed(self, rows: npt.NDArray[np.int64], packing: Packing) -> list[torch.Tensor]:
-        inputs = collate(self.tokens, rows, self._padding, self._device)
+        longest, most = int(self.lengths[rows].max()), positions(self.encoder.model.config)
+        inputs = collate(self.tokens, rows, self._padding, self._device, max(longest, min(packing.width, most)))
         with self.precision.autocast():
             return self.encoder.states(packing, inputs)
 

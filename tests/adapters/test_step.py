@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -68,6 +70,15 @@ def test_where_nothing_learns_all_layers_have_their_adapters_whatever_was_drawn(
     model = get_peft_model(tiny("bert"), config_of("pfeiffer", (), drop_range=[0, 1])).train()
     site = next(each for each in model.modules() if isinstance(each, Site))
     model.base_model.model.shared_of_adapters.step.layers = 1
-    assert not site.is_at_work
+    assert not site.carries("default")
     with torch.no_grad():
-        assert site.is_at_work
+        assert site.carries("default")
+
+
+@pytest.mark.parametrize(("settings", "first"), [
+    ({}, 0), ({"drop_layers": 1}, 1), ({"drop_range": [1, 1]}, 1), ({"drop_range": [0, 1], "drop_layers": 1}, 0),
+])  # fmt: skip
+def test_layers_whose_adapters_may_work_in_some_step(settings: dict[str, Any], first: int) -> None:
+    model = get_peft_model(tiny("bert"), config_of("pfeiffer", (), **settings)).train()
+    sites = [each for each in model.modules() if isinstance(each, Site)]
+    assert [site.index for site in sites if site.may_work] == list(range(first, 2))

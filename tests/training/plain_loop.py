@@ -51,8 +51,10 @@ def tokens_of(base: Path) -> Tokens:
     return Tokens(ids, None, made.labels, made.cut)
 
 
-def losses(model: Any, tokens: Tokens, means: Means | None, threads: int = 1) -> list[float]:
-    """Of the first steps. means: None for the plain loop, which pads every row to the longest of all."""
+def losses(model: Any, tokens: Tokens, means: Means | None, threads: int = 1, whole: bool = False) -> list[float]:
+    """Of the first steps. means: None for the plain loop, which pads every row to the longest of all.  whole: the model
+    is to compute every layer by its own code.
+    """
     training = TrainingConfig(precision="fp32", max_tokens=32)
     learner = loop.learner(model, SCHEDULE, training, len(tokens.ids), CPU)
     precision = Precision(CPU, low=False, plain_until=16)  # some batches attend so, some so
@@ -64,7 +66,7 @@ def losses(model: Any, tokens: Tokens, means: Means | None, threads: int = 1) ->
     torch.set_num_threads(threads)
     try:
         with passes.passes(model, tokens, tokens, 0, CPU, precision, 16, means) as through:
-            assert type(through.learn) is not Whole
+            assert (type(through.learn) is Whole) is whole
             learn = loop.Learning(learner, None, 1.0)
             return [learn(tokens, rows, through) for rows in _counted(model, batches)]
     finally:

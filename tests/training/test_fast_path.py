@@ -93,7 +93,7 @@ def test_so_they_do_when_threads_share_each_batch(base_of: Callable[[str], Path]
         assert losses(model_of(base, "houlsby"), tokens, means, threads=3) == pytest.approx(plain, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["houlsby", "lora"])  # with attention of ours, and with the model's own
+@pytest.mark.parametrize("method", ["houlsby", "lora"])  # with matrices of attention that are frozen, and that learn
 def test_so_they_do_when_rows_are_packed(
     base_of: Callable[[str], Path], method: str, cache: TrunkCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +112,7 @@ def test_so_they_do_when_rows_are_packed(
 def test_full_fine_tuning_learns_the_same_of_rows_that_are_packed(
     base_of: Callable[[str], Path], family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on GPUs. Every token goes through all its layers, as without."""
+    """As on GPUs."""
     base = base_of(family)
     tokens = tokens_of(base)
     plain = losses(full_of(base), tokens, None)
@@ -120,6 +120,45 @@ def test_full_fine_tuning_learns_the_same_of_rows_that_are_packed(
     monkeypatch.setattr("components.training.encoder.takes_packed", lambda *_: True)
     for means in (Means(), Means(tokens_at_once=100)):
         assert losses(full_of(base), tokens, means) == pytest.approx(plain, abs=1e-4)
+
+
+def test_it_does_so_by_every_token_and_in_the_precision_of_the_model(
+    base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens, rows = full_of(base_of("bert")).train(), tokens_of(base_of("bert")), np.arange(16)
+    low, seen = Precision(CPU, low=True), []
+    model.bert.encoder.layer[-1].output.dense.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr("components.training.encoder.takes_packed", lambda *_: True)
+    with passes.passes(model, tokens, tokens, 0, CPU, low, 16) as through:
+        packed = through.learn.logits(rows)
+    assert seen[0] >= sum(tokens.lengths[rows])
+    assert torch.equal(packed, Whole(model, tokens, 0, CPU, low, compile=False).logits(rows))
+
+
+def test_attention_that_drops_out_is_left_to_the_model(
+    base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = full_of(base_of("bert")), tokens_of(base_of("bert"))
+    model.config.attention_probs_dropout_prob = 0.1
+    monkeypatch.setattr("components.training.encoder.takes_packed", lambda *_: True)
+    with passes.passes(model, tokens, tokens, 0, CPU, Precision(CPU, low=False), 16) as through:
+        assert type(through.learn) is Whole
+
+
+@pytest.mark.parametrize(("family", "name"), [("bert", "hidden_act"), ("distilbert", "activation")])
+def test_activations_that_have_weights_keep_them(tmp_path: Path, family: str, name: str, cache: TrunkCache) -> None:
+    base = make_base(tmp_path / "base", family, **{name: "prelu"})
+    tokens = tokens_of(base)
+
+    def steep(model: Any) -> Any:
+        for module in model.modules():
+            if isinstance(module, torch.nn.PReLU):
+                module.weight.data.fill_(-0.8)
+        return model
+
+    plain = losses(steep(model_of(base, "pfeiffer")), tokens, None)
+    assert losses(steep(model_of(base, "pfeiffer")), tokens, Means(cache, "base")) == pytest.approx(plain, abs=1e-4)
+    assert plain != pytest.approx(losses(model_of(base, "pfeiffer"), tokens, None), abs=1e-3)
 
 
 def test_rows_that_pass_an_adapter_by_do_so_one_by_one(
@@ -180,7 +219,8 @@ def test_gradients_are_those_of_the_whole_model(base_of: Callable[[str], Path], 
 
 @pytest.mark.parametrize(("method", "settings", "cut"), [
     ("pfeiffer", {}, "1+2"), ("houlsby", {}, "0+2"), ("lora", {}, "0"), ("parallel", {}, "1+2"),
-    ("pfeiffer", {"drop_layers": 1}, "3+2"), ("head", {}, "6 first"),
+    ("pfeiffer", {"drop_layers": 1}, "3+2"), ("pfeiffer", {"drop_layers": 2, "drop_range": [1, 2]}, "3+2"),
+    ("head", {}, "6 first"),
     ("pfeiffer", {"leave_out": (0, 1)}, "5+2 first"), ("houlsby", {"leave_out": (0, 1)}, "4+2 first"),
 ])  # fmt: skip
 def test_the_trunk_reaches_to_the_first_module_that_learns(
@@ -193,7 +233,7 @@ def test_the_trunk_reaches_to_the_first_module_that_learns(
 
 
 @pytest.mark.parametrize("method", ["mam", "prefix", "bitfit"])
-def test_what_reaches_into_attention_or_embeddings_is_left_to_the_whole_model(
+def test_what_reaches_into_attention_or_embeddings_is_left_to_the_code_of_the_model(
     base_of: Callable[[str], Path], method: str
 ) -> None:
     assert not Encoder.fits(model_of(base_of("bert"), method))
@@ -251,7 +291,7 @@ def test_prefixes_leave_room_for_the_longest_text(base_of: Callable[[str], Path]
     assert Whole(model, tokens, 0, CPU, Precision(CPU, low), compile=False).logits(np.arange(2)).shape == (2, 2)
 
 
-def test_other_families_are_left_to_the_whole_model(base_of: Callable[[str], Path]) -> None:
+def test_so_are_other_families(base_of: Callable[[str], Path]) -> None:
     assert not Encoder.fits(model_of(base_of("mpnet"), "pfeiffer"))
 
 

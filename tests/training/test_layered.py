@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 
+from components.adapters.config import METHODS
 from components.adapters.parameters import training_mode
 from components.config import TrainingConfig
 from components.training import loop
@@ -87,7 +89,7 @@ def ended(base: Path) -> Tokens:
 
 def cut(model: Any, tokens: Tokens) -> int | None:
     training_mode(model)
-    found = Layered.of(model, collate(tokens, [0, 1, 2], 0, CPU), torch.float32)
+    found = Layered.of(model, collate(tokens, [0, 1, 2], 0, CPU, 20), torch.float32)
     return found and found.cut.layer
 
 
@@ -114,14 +116,31 @@ def test_so_they_do_by_every_method(base_of: BaseOf, family: str, method: str, c
     assert losses(model_of(base, method, **settings), tokens, Means(cache, "base")) == pytest.approx(plain, abs=1e-4)
 
 
-def test_what_is_left_to_chance_is_drawn_as_without_a_trunk(base_of: BaseOf) -> None:
-    tokens = tokens_of(base_of("mpnet"))
-    assert cut(model_of(base_of("mpnet"), "pfeiffer", dropout=0.5, **HALF), tokens) == 2
+def test_what_is_left_to_chance_is_drawn_as_without_a_trunk(base_of: BaseOf, cache: TrunkCache) -> None:
+    base = base_of("mpnet")
+    tokens = tokens_of(base)
+    plain, above = (
+        losses(
+            model_of(base, "pfeiffer", dropout=0.5, init_weights="bert", **HALF), tokens, means, whole=not means.cache
+        )
+        for means in (Means(), Means(cache, "base"))
+    )
+    assert above == pytest.approx(plain, abs=1e-4)
+    assert above != pytest.approx(losses(model_of(base, "pfeiffer", **HALF), tokens, Means(cache, "base")), abs=1e-3)
+
+
+def test_without_room_for_it_a_trunk_is_computed_in_each_step(base_of: BaseOf, tmp_path: Path) -> None:
+    base = base_of("mpnet")
+    tokens, small = tokens_of(base), TrunkCache(tmp_path, 1_000)
+    plain = losses(model_of(base, "pfeiffer", **HALF), tokens, None)
+    assert losses(model_of(base, "pfeiffer", **HALF), tokens, Means(small, "base")) == pytest.approx(plain, abs=1e-4)
+    assert not list(tmp_path.rglob("*.states"))
 
 
 @pytest.mark.parametrize(("settings", "layer"), [
     ({"leave_out": (0, 1, 2)}, 3), ({"leave_out": (1, 2)}, None), ({}, None), ({"drop_layers": 3}, 3),
-    ({"drop_range": [1, 3]}, 1), ({"drop_range": [0, 3]}, None),
+    ({"drop_range": [1, 3]}, 1), ({"drop_range": [1, 3], "drop_layers": 3}, 1), ({"drop_range": [0, 3]}, None),
+    ({"drop_range": [0, 3], "leave_out": (0, 1)}, 2),
 ])  # fmt: skip
 def test_the_cut_is_before_the_first_layer_that_may_learn(
     base_of: BaseOf, settings: dict[str, Any], layer: int | None
@@ -140,6 +159,48 @@ def test_nor_where_layers_hand_on_more_than_hidden_states(base_of: BaseOf) -> No
     """T5's first layer makes the position bias of all others."""
     base = base_of("t5")
     assert cut(model_of(base, "pfeiffer", **HALF), ended(base)) is None
+
+
+def test_nor_where_a_layer_reads_padding(tmp_path: Path) -> None:
+    """ConvBERT's convolutions do. It is noticed also where all rows are of one length, and have none in training."""
+    base = make_base(tmp_path, "convbert", num_hidden_layers=LAYERS, hidden_dropout_prob=0.0, conv_kernel_size=3)
+    end = {"exit": "output.dropout", "norm": "output.LayerNorm"}
+    first = {key: f"attention.{path}" for key, path in end.items()}
+    place = {
+        "layers": "encoder.layer",
+        "attention": {"entry": "attention", **first},
+        "output": {"entry": "intermediate", **end},
+    }
+    config = METHODS["pfeiffer"](reduction_factor=2, leave_out=[0, 1], places=[place])
+    tokens = tokens_of(base)
+    alike = Tokens([row[:4] for row in tokens.ids], None, tokens.labels, tokens.cut)
+    model = get_peft_model(full_of(base), config)
+    training_mode(model)
+    means = Means(TrunkCache(tmp_path, 10**9), "base")
+    with passes(model, alike, alike, 0, CPU, Precision(CPU, low=False), 16, means) as through:
+        assert type(through.learn) is Whole
+
+
+def test_nor_for_who_asks_for_compiled_models(base_of: BaseOf, cache: TrunkCache) -> None:
+    base = base_of("mpnet")
+    model, tokens = model_of(base, "pfeiffer", **HALF), tokens_of(base)
+    training_mode(model)
+    means = Means(cache, "base", compile=True)
+    with passes(model, tokens, tokens, 0, CPU, Precision(CPU, low=False), 16, means) as through:
+        assert type(through.learn) is Whole
+
+
+def test_in_bfloat16_its_layers_see_few_widths(base_of: BaseOf, cache: TrunkCache) -> None:
+    base, seen = base_of("mpnet"), set()
+    model = model_of(base, "pfeiffer", **HALF)
+    ids = [np.full(length, 7, np.int32) for length in range(4, 64)]
+    tokens = Tokens(ids, None, np.zeros(60, np.int64), np.zeros(60, np.int64))
+    training_mode(model)
+    model.base_model.model.mpnet.encoder.layer[0].register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[1]))
+    with passes(model, tokens, tokens, 0, CPU, Precision(CPU, low=True), 16, Means(cache, "base")) as through:
+        through.learn.logits(np.arange(60))
+    seen.discard(6)  # what was tried before
+    assert seen and seen <= set(range(8, 65, 8))
 
 
 def test_nor_for_a_model_without_adapters(base_of: BaseOf) -> None:
