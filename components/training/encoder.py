@@ -334,13 +334,6 @@ def _layers(base: Any) -> tuple[Any, Matrices, Stack]:
     return base.base_model.get_submodule(stack.layers.rpartition(".")[0]), FAMILIES[family], stack
 
 
-def _is_elsewhere(base: Any) -> bool:
-    """Are there adapters at places that its user named?"""
-    encoder, _, stack = _layers(base)
-    ends = {layer.get_submodule(place.exit) for layer in encoder.layer for place in stack.sites.values()}
-    return any(isinstance(each, Site) and each not in ends for each in base.modules())
-
-
 def _classifier(model: Any) -> Any:
     """The model that PEFT has put adapters into, or one without any."""
     return getattr(model.base_model, "model", None) if is_adapted(model) else model
