@@ -74,7 +74,10 @@ def test_so_they_do_in_every_family_that_is_built_alike(
     assert losses(model_of(base, method), tokens, Means(cache, "base")) == pytest.approx(plain, abs=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"leave_out": (0,)}, {"leave_out": (0, 1)}, {"drop_layers": 1}, {"dropout": 0.0}])
+@pytest.mark.parametrize("settings", [
+    {"leave_out": (0,)}, {"leave_out": (0, 1)}, {"drop_layers": 1}, {"dropout": 0.0},
+    {"drop_layers": 2, "drop_range": [0, 1]},
+])  # fmt: skip
 @pytest.mark.parametrize("method", ["pfeiffer", "houlsby"])
 def test_so_they_do_wherever_the_first_adapter_stands(
     base_of: Callable[[str], Path], method: str, settings: dict[str, Any], cache: TrunkCache
