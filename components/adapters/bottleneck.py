@@ -78,7 +78,7 @@ class Bottleneck(nn.Module):
             self.mask_loss = nn.functional.binary_cross_entropy_with_logits(told.float(), kept.float())
         up = self._by_rows(up)
         scaling: Any = self.config.scaling if self.scaling is None else self.scaling
-        scaled: torch.Tensor = up * scaling
+        scaled: torch.Tensor = up if self.scaling is None and scaling == 1 else up * scaling
         return scaled
 
     def forward(self, z: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,14 @@
-"""A model of any family, cut between two of its layers: all below the first one that learns is a trunk there, too.
+"""A model of any family, cut before the first layer that learns, or before its end: all below is a trunk there, too.
 
-The layers below are passed by, and the next one reads what was kept of its input. Whether the model computes the same
-then is tried on a few rows before: in T5 the first layer makes the position bias of all others, so it does not.
+The layers below are passed by, and the next one reads what was kept of its input or, where nothing but its end learns,
+is that end alone. Whether the model computes the same then is tried on a few rows before: in T5 the first layer makes
+the position bias of all others, so it does not.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,13 +30,40 @@ Inputs = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Between:
-    """Before the layer of this name and number, whose input is kept of every token."""
+class Cut:
+    """Before the layer of this name and number, or before its end. Kept is of every token x, that which it reads, or h
+    and x, those of its end.
+    """
 
     name: str
     layer: int
-    states: int = 1
+    states: int
     first: bool = False
+
+
+@dataclass(frozen=True)
+class End:
+    """Of a layer: its last sub-layer's adapter, and the layer norm of the sum, None without one."""
+
+    site: Site
+    norm: nn.Module | None
+
+    @staticmethod
+    def of(layer: nn.Module, place: places.Site) -> End | None:
+        """None where anything else may learn in the layer."""
+        site = layer.get_submodule(place.exit)
+        norm = layer.get_submodule(place.norm) if place.norm else None
+        if not isinstance(site, Site):
+            return None
+        own = {*site.parameters(), *(norm.parameters() if norm else ())} - {*site.base_layer.parameters()}
+        return None if _may_learn(layer, own) else End(site, norm)
+
+    def __call__(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What the layer makes. h, x: (rows, width, hidden)."""
+        self.site.stream.x = x
+        total = self.site.changed(h) + x
+        made: torch.Tensor = total if self.norm is None else self.norm(total)
+        return made
 
 
 @dataclass(frozen=True)
@@ -43,14 +71,15 @@ class Layered:
     """What a trunk asks of `encoder.Encoder`, of any model.
 
     dtype: of what is kept.  layers: all of the stack.  beside: how many things a layer returns in a tuple with the
-    hidden states; None where it returns these alone.
+    hidden states; None where it returns these alone.  end: of the layer that the cut is in; None where it is before it.
     """
 
     model: Any  # a transformers model; torch types its attributes too widely
     dtype: torch.dtype
     layers: Sequence[nn.Module]
-    cut: Between
+    cut: Cut
     beside: int | None
+    end: End | None
     packs: ClassVar[bool] = False
 
     @staticmethod
@@ -59,40 +88,58 @@ class Layered:
 
         model: in training mode.  inputs: of a few rows, each with padding.
         """
-        layers = _layers(model)
-        frozen = next((number for number, each in enumerate(layers.values()) if _may_learn(each)), len(layers) - 1)
-        if frozen < 1:
+        if not (stack := _stack(model)):
+            return None
+        names, layers, place = stack
+        frozen = next((number for number, each in enumerate(layers) if _may_learn(each)), len(layers) - 1)
+        ends = [each for each in (End.of(layers[frozen], place), None) if each or frozen]
+        if not ends:
             return None
         device = inputs["input_ids"].device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            run = _Run(model, [*layers.values()], inputs)
-            if not run.is_plain or run.read[frozen].requires_grad:
-                return None
-            cut = Between([*layers][frozen], frozen)
-            found = Layered(model, torch.float32, [*layers.values()], cut, run.beside)
-            return replace(found, dtype=dtype) if found._computes_the_same(inputs) else None
+            run = _Run(model, layers, inputs, ends[0])
+            for end in ends if run.is_plain else ():
+                kept = run.ended if end else [run.read[frozen]]
+                found = Layered(model, torch.float32, layers, Cut(names[frozen], frozen, len(kept)), run.beside, end)
+                # Layers may also learn by what is in none of them, as prefixes are.
+                if not any(x.requires_grad for x in kept) and found._computes_the_same(inputs):
+                    return replace(found, dtype=dtype)
+        return None
 
     def states(self, packing: Packing, inputs: Inputs) -> list[torch.Tensor]:
-        """What the layer above the cut reads, (tokens, hidden)."""
-        with torch.no_grad(), _hooked(self.layers[self.cut.layer], _reach):
+        """What is kept at the cut, (tokens, hidden) each."""
+        with torch.no_grad(), _ending(self.end, _reach) if self.end else _hooked(self._first, _reach):
             try:
                 self.model(**inputs)
             except _Reached as reached:
-                x = reached.x
-        return [packing.pack(F.pad(x, (0, 0, 0, packing.width - x.shape[1])).to(self.dtype))]
+                kept = reached.states
+        return [packing.pack(F.pad(x, (0, 0, 0, packing.width - x.shape[1])).to(self.dtype)) for x in kept]
 
     @contextmanager
     def above(self, states: list[torch.Tensor], packing: Packing) -> Iterator[None]:
         """For the length of the block the model's forward pass begins with these states, in whatever thread."""
-        x = packing.spread(states[0])
+        *h, x = map(packing.spread, states)
         with ExitStack() as stack:
-            for layer in self.layers[: self.cut.layer]:
-                stack.enter_context(forward_instead(layer, self._pass_by))
-            stack.enter_context(_hooked(self.layers[self.cut.layer], partial(_begin_with, x)))
+            for below in self.layers[: self.cut.layer]:
+                stack.enter_context(forward_instead(below, self._pass_by))
+            if self.end:
+                stack.enter_context(forward_instead(self._first, partial(self._end_with, self.end, *h, x)))
+            else:
+                stack.enter_context(_hooked(self._first, partial(_as_wide, x)))
             yield
+
+    @property
+    def _first(self) -> nn.Module:
+        """Of the layers that are not passed by."""
+        return self.layers[self.cut.layer]
 
     def _pass_by(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return hidden_states if self.beside is None else (hidden_states, *self.beside * (None,))
+
+    def _end_with(
+        self, end: End, h: torch.Tensor, x: torch.Tensor, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        return self._pass_by(end(_as_wide(h, hidden_states), _as_wide(x, hidden_states)))
 
     def _computes_the_same(self, inputs: Inputs) -> bool:
         there = inputs["attention_mask"].bool()
@@ -111,15 +158,21 @@ class Layered:
 
 
 class _Run:
-    """A forward pass, with what its layers read and the last one made. read: (rows, width, hidden) each."""
+    """A forward pass, with what its layers and the end of one read, and the last layer made.
 
-    def __init__(self, model: Any, layers: Sequence[nn.Module], inputs: Inputs) -> None:
+    read, ended: (rows, width, hidden) each.
+    """
+
+    def __init__(self, model: Any, layers: Sequence[nn.Module], inputs: Inputs, end: End | None = None) -> None:
         self.read: list[Any] = []
+        self.ended: list[torch.Tensor] = []
         self._made: list[Any] = []
         with ExitStack() as stack:
             for layer in layers:
                 stack.enter_context(_hooked(layer, self._reads))
                 stack.callback(layer.register_forward_hook(self._makes).remove)
+            if end:
+                stack.enter_context(_ending(end, lambda *states: self.ended.extend(states)))
             torch.manual_seed(0)  # adapters may drop out
             self.logits: torch.Tensor = model(**inputs).logits
         self._layers, self._shape = len(layers), inputs["input_ids"].shape
@@ -153,16 +206,31 @@ def _beside(output: Any) -> int | None:
 class _Reached(Exception):
     """Ends a forward pass whose rest nobody asks for."""
 
-    def __init__(self, x: torch.Tensor) -> None:
+    def __init__(self, *states: torch.Tensor) -> None:
         super().__init__()
-        self.x = x
+        self.states = states
 
 
-def _reach(x: torch.Tensor) -> None:
-    raise _Reached(x)
+def _reach(*states: torch.Tensor) -> None:
+    raise _Reached(*states)
 
 
-def _begin_with(x: torch.Tensor, instead_of: torch.Tensor) -> torch.Tensor:
+@contextmanager
+def _ending(end: End, see: Callable[..., None]) -> Iterator[None]:
+    """For the length of the block `see` is called with the h and x of this end."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        see(output[0] if isinstance(output, tuple) else output, end.site.stream.x)
+
+    handle = end.site.base_layer.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+        end.site.stream.x = None  # where the pass ended here
+
+
+def _as_wide(x: torch.Tensor, instead_of: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, 0, 0, instead_of.shape[1] - x.shape[1])).to(instead_of.dtype)
 
 
@@ -186,24 +254,27 @@ def _hooked(layer: nn.Module, see: Callable[[Any], torch.Tensor | None]) -> Iter
         handle.remove()
 
 
-def _layers(model: Any) -> dict[str, nn.Module]:
-    """Those of the first stack; none where what is kept of texts would not do, or nobody knows them."""
+def _stack(model: Any) -> tuple[list[str], list[nn.Module], places.Site] | None:
+    """Names and layers of the first stack, and where they end; None where what is kept of texts would not do, or nobody
+    knows them.
+    """
     if not is_adapted(model):
-        return {}
+        return None
     own = list(model.peft_config.values())
     # Of tokens that are padding, a gate takes the mean, and an adapter learns whose neurons are masked.
     if any(each.is_prompt_learning or getattr(each, "use_gating", 0) or getattr(each, "mask_rate", 0) for each in own):
-        return {}
+        return None
     named = next((given for each in own if (given := getattr(each, "places", None))), None)
     try:
         first, *_ = places.of_model(model, named)
-        return {name: model.get_submodule(name) for name, _ in places.layers(model, (first,))}
+        names = [name for name, _ in places.layers(model, (first,))]
     except ConfigError:
-        return {}
+        return None
+    return names, [model.get_submodule(name) for name in names], first.output
 
 
-def _may_learn(layer: nn.Module) -> bool:
-    """Has it parameters that learn, but for those of adapters that never work there (AdapterDrop)?"""
+def _may_learn(layer: nn.Module, but: Collection[nn.Parameter] = ()) -> bool:
+    """Has it parameters that learn, but for these and those of adapters that never work there (AdapterDrop)?"""
     idle = [each for each in layer.modules() if isinstance(each, Site) and not each.may_work]
-    never = {parameter for site in idle for parameter in site.parameters()}
+    never = {*but, *(parameter for site in idle for parameter in site.parameters())}
     return any(parameter.requires_grad and parameter not in never for parameter in layer.parameters())

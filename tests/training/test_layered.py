@@ -87,10 +87,11 @@ def ended(base: Path) -> Tokens:
     return Tokens([np.append(row[:-1], np.int32(3)) for row in tokens.ids], None, tokens.labels, tokens.cut)
 
 
-def cut(model: Any, tokens: Tokens) -> int | None:
+def cut(model: Any, tokens: Tokens) -> str | None:
+    """Before which layer, or before the end of which."""
     training_mode(model)
     found = Layered.of(model, collate(tokens, [0, 1, 2], 0, CPU, 20), torch.float32)
-    return found and found.cut.layer
+    return found and f"{'end of ' if found.end else ''}{found.cut.layer}"
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "t5"])
@@ -98,20 +99,38 @@ def test_fifty_steps_lose_what_a_plain_padded_loop_loses(base_of: BaseOf, family
     base = base_of(family)
     tokens = ended(base)
     model = model_of(base, "pfeiffer", **HALF)
-    assert cut(model, tokens) == 2
+    assert cut(model, tokens) == "end of 2"
     plain = losses(model, tokens, None)
     assert len(set(plain)) == len(plain)
     for means in (Means(cache, "base"), Means(cache, "base"), Means(cache, "base", tokens_at_once=100)):
         assert losses(model_of(base, "pfeiffer", **HALF), tokens, means) == pytest.approx(plain, abs=1e-4)
     (kept,) = cache._folder.glob("*.states")
-    assert kept.stat().st_size == sum(tokens.lengths) * 32 * 4  # of each token once, and no padding
+    assert kept.stat().st_size == 2 * sum(tokens.lengths) * 32 * 4  # h and x of each token once, and no padding
 
 
-@pytest.mark.parametrize(("family", "method"), [("bert", "mam"), ("deberta-v2", "head"), ("deberta-v2", "houlsby")])
-def test_so_they_do_by_every_method(base_of: BaseOf, family: str, method: str, cache: TrunkCache) -> None:
-    base, settings = base_of(family), {} if method == "head" else HALF
+@pytest.mark.parametrize("family", ["deberta-v2", "llama"])
+def test_adapters_in_all_layers_save_the_first(base_of: BaseOf, family: str, cache: TrunkCache) -> None:
+    base = base_of(family)
+    tokens = ended(base)
+    assert cut(model_of(base, "pfeiffer"), tokens) == "end of 0"
+    plain = losses(model_of(base, "pfeiffer"), tokens, None)
+    assert losses(model_of(base, "pfeiffer"), tokens, Means(cache, "base")) == pytest.approx(plain, abs=1e-4)
+
+
+BEFORE_NORM = {"original_ln_after": False, "original_ln_before": True, "residual_before_ln": True}
+
+
+@pytest.mark.parametrize(("family", "method", "settings", "where"), [
+    ("bert", "mam", HALF, "2"), ("deberta-v2", "head", {}, "3"), ("deberta-v2", "houlsby", HALF, "2"),
+    ("mpnet", "parallel", HALF, "end of 2"), ("mpnet", "pfeiffer", {**HALF, **BEFORE_NORM}, "end of 2"),
+    ("mpnet", "pfeiffer", {"drop_range": [1, 3]}, "end of 1"),
+])  # fmt: skip
+def test_so_they_do_by_every_method(
+    base_of: BaseOf, family: str, method: str, settings: dict[str, Any], where: str, cache: TrunkCache
+) -> None:
+    base = base_of(family)
     tokens = tokens_of(base)
-    assert cut(model_of(base, method, **settings), tokens) == (3 if method == "head" else 2)
+    assert cut(model_of(base, method, **settings), tokens) == where
     plain = losses(model_of(base, method, **settings), tokens, None)
     assert losses(model_of(base, method, **settings), tokens, Means(cache, "base")) == pytest.approx(plain, abs=1e-4)
 
@@ -138,15 +157,13 @@ def test_without_room_for_it_a_trunk_is_computed_in_each_step(base_of: BaseOf, t
 
 
 @pytest.mark.parametrize(("settings", "layer"), [
-    ({"leave_out": (0, 1, 2)}, 3), ({"leave_out": (1, 2)}, None), ({}, None), ({"drop_layers": 3}, 3),
-    ({"drop_range": [1, 3]}, 1), ({"drop_range": [1, 3], "drop_layers": 3}, 1), ({"drop_range": [0, 3]}, None),
+    ({"leave_out": (0, 1, 2)}, 3), ({"leave_out": (1, 2)}, 0), ({}, 0), ({"drop_layers": 3}, 3),
+    ({"drop_range": [1, 3]}, 1), ({"drop_range": [1, 3], "drop_layers": 3}, 1), ({"drop_range": [0, 3]}, 0),
     ({"drop_range": [0, 3], "leave_out": (0, 1)}, 2),
 ])  # fmt: skip
-def test_the_cut_is_before_the_first_layer_that_may_learn(
-    base_of: BaseOf, settings: dict[str, Any], layer: int | None
-) -> None:
+def test_the_cut_is_in_the_first_layer_that_may_learn(base_of: BaseOf, settings: dict[str, Any], layer: int) -> None:
     base = base_of("mpnet")
-    assert cut(model_of(base, "pfeiffer", **settings), tokens_of(base)) == layer
+    assert cut(model_of(base, "pfeiffer", **settings), tokens_of(base)) == f"end of {layer}"
 
 
 @pytest.mark.parametrize("settings", [{"use_gating": True}, {"mask_rate": 0.3}])
@@ -213,7 +230,7 @@ def test_a_kept_trunk_is_computed_once(base_of: BaseOf, cache: TrunkCache) -> No
     tokens = tokens_of(base)
     for _ in range(2):
         model = model_of(base, "pfeiffer", **HALF)
-        lower, upper = (model.base_model.model.deberta.encoder.layer[number].attention for number in (1, 2))
+        lower, upper = (model.base_model.model.deberta.encoder.layer[number].attention for number in (2, 3))
         calls = {"lower": 0, "upper": 0}
         lower.register_forward_hook(lambda *_, calls=calls: calls.update(lower=calls["lower"] + 1))
         upper.register_forward_hook(lambda *_, calls=calls: calls.update(upper=calls["upper"] + 1))
