@@ -88,12 +88,12 @@ def side_by_side(
 
 
 def all_of(submit: Callable[[], Sequence[PrefectFuture[T]]]) -> list[T]:
-    """What the tasks that `submit` submits return. When the flow is interrupted, their jobs are ended with
-    it: tasks run in threads that no signal reaches.
+    """What the tasks that `submit` submits return. When the flow is interrupted, also before all are submitted, their
+    jobs are ended with it: tasks run in threads that no signal reaches.
     """
     _interrupted.clear()
-    futures = submit()
     try:
+        futures = submit()
         for future in futures:
             future.wait()
     except BaseException:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from prefect.futures import PrefectFuture
 
 from components import base_model, forks, storage
 from components.config import BaseConfig, Columns, DataConfig, RetrainConfig
@@ -30,6 +32,8 @@ from tests.flows.conftest import Settings
 
 STORE = "s3://adapterline/jobs-test"
 servers = [pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands"), pytest.mark.usefixtures("servers")]
+
+PATIENCE_S = 10
 
 MakeSpec = Callable[[str], JobSpec]
 
@@ -106,6 +110,27 @@ def test_a_job_ends_with_the_flow_that_started_it(spec: MakeSpec, tmp_path: Path
     with pytest.raises(KeyboardInterrupt):
         follow(spec(str(tmp_path / "store")), tmp_path / "out", interrupt)
     assert not started[0].is_running()
+
+
+def test_jobs_end_with_a_flow_that_is_interrupted_while_it_submits_others() -> None:
+    runs, ended = threading.Event(), threading.Event()
+
+    def job() -> None:
+        with jobs.ended_with_flow(ended.set):
+            runs.set()
+            ended.wait(PATIENCE_S)
+
+    thread = threading.Thread(target=job)
+
+    def submit() -> list[PrefectFuture[None]]:
+        thread.start()
+        assert runs.wait(PATIENCE_S)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jobs.all_of(submit)
+    assert ended.is_set()
+    thread.join()
 
 
 def test_a_job_beyond_its_time_is_ended_and_says_so(spec: MakeSpec, tmp_path: Path) -> None:
