@@ -112,7 +112,8 @@ def test_a_job_ends_with_the_flow_that_started_it(spec: MakeSpec, tmp_path: Path
     assert not started[0].is_running()
 
 
-def test_jobs_end_with_a_flow_that_is_interrupted_while_it_submits_others() -> None:
+def test_jobs_end_with_a_flow_that_is_interrupted_while_it_submits_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_interrupted", threading.Event())  # or no job of the tests after this one would start
     runs, ended = threading.Event(), threading.Event()
 
     def job() -> None:
