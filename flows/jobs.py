@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from components.training.spec import JobSpec, Limits
 from flows.values import Run, Trained
 
 T = TypeVar("T")
+
+log = logging.getLogger("adapterline")
 
 CANCEL_S = 10
 # Where the kernel counts what it killed for want of memory, by version of control groups.
@@ -164,7 +167,8 @@ def run(
 def follow_process(
     command: Sequence[str], name: str, variables: Mapping[str, str], timeout_hours: float, hear: Callable[[str], None]
 ) -> None:
-    """Run a process that trains to its end, passing on each line of its standard output. Raises what `run` raises.
+    """Run a process that trains to its end, passing on each line of its standard output, but for what it says beside
+    its progress: that is logged. Raises what `run` raises.
 
     variables: in its environment, beside ours.
     """
@@ -176,7 +180,10 @@ def follow_process(
         try:
             with ended_with_flow(process.terminate):
                 for line in process.stdout or ():
-                    hear(line)
+                    if said := progress.note(line):
+                        log.warning("          %s: %s", name, said)
+                    else:
+                        hear(line)
                 code = process.wait()
         finally:
             expired.cancel()

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         group = distributed.from_environment()
         spec = parse(storage.read(options.spec))
         bar = progress.Bar() if options.progress == "bar" and group.is_main else None
-        with group.joined(spec.limits.device, spec.digest):
+        told = progress.notes() if options.progress == "json" and group.is_main else nullcontext()
+        with group.joined(spec.limits.device, spec.digest), told:
             manifest = run(spec, options.out, bar or progress.json_lines, group)
     except AdapterlineError as error:
         if options.debug:

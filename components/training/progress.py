@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -34,6 +37,41 @@ def json_lines(event: Event) -> None:
     """One JSON object a line on standard output."""
     sys.stdout.write(json.dumps(asdict(event)) + "\n")
     sys.stdout.flush()
+
+
+class Notes(logging.Handler):
+    """What a job logs, each line once, as JSON lines on standard output for whoever started it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.getMessage()
+        if said not in self._told:
+            self._told.add(said)
+            sys.stdout.write(json.dumps({"note": said}) + "\n")
+            sys.stdout.flush()
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """For the length of the block what is logged here is told as `Notes` do."""
+    log, told = logging.getLogger("adapterline"), Notes()
+    log.addHandler(told)
+    try:
+        yield
+    finally:
+        log.removeHandler(told)
+
+
+def note(line: str) -> str | None:
+    """What a line of `Notes` says, None for any other line."""
+    try:
+        content: Any = json.loads(line)
+        return str(content["note"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def nowhere(event: Event) -> None:

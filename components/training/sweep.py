@@ -23,7 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from components import disk
 from components.errors import AdapterlineError, ConfigError, TrainingError
 from components.frozen import Frozen
-from components.training import job
+from components.training import job, progress
 from components.training.distributed import end_with_parent
 from components.training.material import Shelf
 from components.training.progress import Event
@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     end_with_parent()  # a worker of Ray that is killed ends no process of its own
     try:
-        run(read(options.errands), tell)
+        with progress.notes():
+            run(read(options.errands), tell)
     except Exception as error:  # of a library: its message might quote a row, its name does not
         if options.debug:
             raise

@@ -19,7 +19,7 @@ from components.training.encoder import Encoder
 from components.training.layered import Layered
 from components.training.packing import Packing
 from components.training.precision import Precision
-from components.training.trunk_cache import Store, TrunkCache
+from components.training.trunk_cache import Rows, Store, TrunkCache
 
 # What the states follow from, beside frozen weights, tokens and cut.
 CODE = (
@@ -66,42 +66,60 @@ class Trunk(Generic[E]):
 
         Texts of like length go together, whatever order they are trained in, so the states are the same for every job.
         """
-        cut = self.encoder.cut
-        lengths = np.ones_like(self.lengths) if cut.first else self.lengths
+        states = self.encoder.cut.states
         hidden = int(self.encoder.model.config.hidden_size)
 
         def fill(store: Store) -> None:
-            work = [
-                partial(self._put, store, rows) for rows in bounded_batches(self.lengths, AT_ONCE[self._device.type])
-            ]
-            crew.each(work)
+            kept = store.rows
+            batches = bounded_batches(self.lengths[kept], AT_ONCE[self._device.type])
+            crew.each([partial(self._put, store, kept[rows]) for rows in batches])
 
         self.is_kept = True
-        self._store = cache.opened(self.digest(base), lengths, cut.states, hidden, self.precision.dtype, fill)
+        self._store = cache.opened(self.digest(base), self._counts, states, hidden, self.precision.dtype, fill)
 
-    def states(self, rows: npt.NDArray[np.int64]) -> tuple[list[torch.Tensor], Packing]:
+    def states(self, rows: Rows) -> tuple[list[torch.Tensor], Packing]:
         """As many as the cut has, (tokens or rows, hidden) each, and how rows lie in them."""
         packing = self.packing(rows)
-        if self._store is None:
+        if self._store is None or not (kept := self._store.has(rows)).any():
             return self.computed(rows, packing), packing
-        found = self._store.read(rows, *self._places(packing))
-        return [moved(each, self._device) for each in found], packing
+        starts, tokens = self._places(packing)
+        found = [moved(each, self._device) for each in self._store.read(rows[kept], starts[kept], tokens)]
+        if not kept.all():
+            self._complete(found, rows, starts, kept)
+        return found, packing
 
-    def computed(self, rows: npt.NDArray[np.int64], packing: Packing) -> list[torch.Tensor]:
+    def _complete(self, found: list[torch.Tensor], rows: Rows, starts: Rows, kept: npt.NDArray[np.bool_]) -> None:
+        """Compute what is missing, and put it where its rows start."""
+        order = np.argsort(kept, kind="stable")
+        missing = order[: np.count_nonzero(~kept)]
+        # Beside others, for the sake of few shapes (see `batching.widened`).
+        beside = rows[order[: 1 << (len(missing) - 1).bit_length()]]
+        packing = self.packing(beside)
+        begins, _ = self._places(packing)
+        for state, made in zip(found, self.computed(beside, packing), strict=True):
+            for at, begin, count in zip(starts[missing], begins, self._counts[rows[missing]], strict=False):
+                state[at : at + count] = made[begin : begin + count]
+
+    def computed(self, rows: Rows, packing: Packing) -> list[torch.Tensor]:
         longest, most = int(self.lengths[rows].max()), positions(self.encoder.model.config)
         inputs = collate(self.tokens, rows, self._padding, self._device, max(longest, min(packing.width, most)))
         with self.precision.autocast():
             return self.encoder.states(packing, inputs)
 
-    def _put(self, store: Store, rows: npt.NDArray[np.int64]) -> None:
+    def _put(self, store: Store, rows: Rows) -> None:
         packing = self.packing(rows)
         starts, _ = self._places(packing)
         store.write(rows, starts, [each.cpu() for each in self.computed(rows, packing)])
 
-    def packing(self, rows: npt.NDArray[np.int64]) -> Packing:
+    def packing(self, rows: Rows) -> Packing:
         return Packing.of(self.lengths[rows], self.encoder.dtype, self._device, self.encoder.packs)
 
-    def _places(self, packing: Packing) -> tuple[npt.NDArray[np.int64], int]:
+    @property
+    def _counts(self) -> Rows:
+        """(rows,): tokens of each that the cut has states of."""
+        return np.ones_like(self.lengths) if self.encoder.cut.first else self.lengths
+
+    def _places(self, packing: Packing) -> tuple[Rows, int]:
         """Where rows start in states, and how many tokens there are."""
         return (np.arange(packing.rows), packing.rows) if self.encoder.cut.first else (packing.starts, packing.tokens)
 

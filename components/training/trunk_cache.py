@@ -6,12 +6,14 @@
     CACHE/trunk.lock              held by the one who makes room
 
 All files together, unfinished ones too, stay below a limit; those that were used longest ago go first. A job that reads
-one which goes meanwhile keeps what it has open.
+one which goes meanwhile keeps what it has open. What is larger than the limit is kept in part, of the shortest texts:
+batches are of like length, so most are kept whole or not at all, and what is computed are large matrices.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -32,18 +34,33 @@ FOLDER = "trunk"
 ENDING = ".states"
 # Of the disk's free space, what one file may take: other jobs want to write, too.
 SHARE = 0.5
+# Of the limit, what one file takes that is kept in part: the rows to validate on want room, too.
+PART = 0.8
+# Of a trunk, what is worth keeping.
+LEAST = 0.2
+
+log = logging.getLogger("adapterline")
 
 
 class Store:
-    """States of all rows in one file, (states, tokens of all rows, hidden).
+    """States of rows in one file, (states, tokens of all of them, hidden).
 
     Read and written a row at a time rather than mapped: pages of a mapped file count as memory of the job.
     """
 
     def __init__(self, file: BinaryIO, starts: npt.NDArray[np.int64], states: int, hidden: int, dtype: torch.dtype):
-        """starts: (rows + 1,), where each row begins and the last one ends."""
+        """starts: (rows + 1,), where each row begins and the last one ends; a row that is not kept has no tokens."""
         self._file, self._starts, self._states = file, starts, states
         self._hidden, self._dtype = hidden, dtype
+
+    @property
+    def rows(self) -> Rows:
+        """Those that are kept."""
+        return np.flatnonzero(np.diff(self._starts))
+
+    def has(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """(rows,): which of them are kept."""
+        return self._starts[rows + 1] > self._starts[rows]
 
     def write(self, rows: Rows, starts: Rows, states: list[torch.Tensor]) -> None:
         """states: (tokens, hidden) each.  starts: (rows,), where the rows start in them."""
@@ -97,17 +114,22 @@ class TrunkCache:
         dtype: torch.dtype,
         fill: Callable[[Store], None],
     ) -> Store | None:
-        """The states of that name, written by `fill` if they are not there; None when they would take too much room.
+        """The states of that name, written by `fill` if they are not there. Those of the shortest rows where all would
+        take too much room; None where even these would.
 
         lengths: (rows,), tokens of each.
         """
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        size = states * int(starts[-1]) * hidden * dtype.itemsize
+        token = states * hidden * dtype.itemsize
+        kept = _kept(lengths, self._limit // token, int(PART * self._limit) // token)
+        starts = np.concatenate([[0], np.cumsum(lengths * kept)])
+        size, whole = int(starts[-1]) * token, int(lengths.sum()) * token
 
         def store(file: BinaryIO) -> Store:
             return Store(file, starts, states, hidden, dtype)
 
-        if size > self._limit:
+        if size < whole:
+            _tell(whole, size, f"raise compute.trunk_cache_gb ({self._limit / 1e9:.3g})")
+        if not size:
             return None
         path = self._folder / f"{name}{ENDING}"
         with cache.alone(path.with_suffix(".lock")):
@@ -116,11 +138,11 @@ class TrunkCache:
                 try:
                     self._write(path, size, lambda written: fill(store(written)))
                 except OSError as error:
-                    if disk.full(error):
-                        return None
-                    raise
+                    if not disk.full(error):
+                        raise
                 file = _whole(path, size)
             if file is None:  # there was too little room, or another job made room of it at once
+                _tell(whole, 0, "the disk has too little room, or others are writing")
                 return None
             os.utime(file.fileno())
             return store(file)
@@ -136,6 +158,26 @@ class TrunkCache:
                 os.posix_fallocate(file.fileno(), 0, size)
             fill(file)
             os.fsync(file.fileno())
+
+
+def _tell(whole: int, kept: int, why: str) -> None:
+    """whole, kept: bytes."""
+    log.warning(
+        "of %.3g GB that frozen layers make of the texts %.3g are kept, the rest is computed in each step: %s",
+        whole / 1e9,
+        kept / 1e9,
+        why,
+    )
+
+
+def _kept(lengths: npt.NDArray[np.int64], most: int, part: int) -> npt.NDArray[np.bool_]:
+    """(rows,): which are kept. All, if they have at most `most` tokens, or else the shortest with `part` together."""
+    order = np.argsort(lengths, kind="stable")
+    sums = np.cumsum(lengths[order])
+    kept = np.ones(len(lengths), dtype=np.bool_)
+    if len(sums) and sums[-1] > most:
+        kept[order] = (sums <= part) & (part >= LEAST * sums[-1])
+    return kept
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from components import base_model
-from components.config import BaseConfig, ComputeConfig, TrainingConfig
+from components.config import BaseConfig, TrainingConfig
 from components.methods import LearningRates, Schedule, settings_of
 from components.training.spec import JobSpec, Limits, code_version
 from tests.benchmarks.prepared import Prepared
@@ -63,6 +63,7 @@ class Setup:
     adapter_rate: float
     full_rate: float
     threads: int
+    trunk_cache_gb: float
     bf16: bool
     python: str  # of the peer's virtual environment
 
@@ -131,7 +132,7 @@ def _job(rival: Rival, setup: Setup, epochs: int, seed: int, folder: Path) -> li
             epochs=epochs, patience=epochs, learning_rates=LearningRates(body=rate, layer_norm=rate, head=rate)
         ),
         training=TrainingConfig(batch_size=setup.batch, max_tokens=setup.max_tokens),
-        limits=Limits(threads=setup.threads, device="cpu", trunk_cache_gb=ComputeConfig().trunk_cache_gb),
+        limits=Limits(threads=setup.threads, device="cpu", trunk_cache_gb=setup.trunk_cache_gb),
         seed=seed,
         code=code_version(),
     )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from components import base_model, digest
-from components.config import BaseConfig
+from components.config import BaseConfig, ComputeConfig
 from components.errors import AdapterlineError
 from components.training.kernels import shape_of
 from components.training.spec import code_version
@@ -55,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         adapter_rate=options.adapter_rate,
         full_rate=options.full_rate,
         threads=options.threads,
+        trunk_cache_gb=options.trunk_cache_gb,
         bf16=_bf16(),
         python=peer.python(out / "peer-venv") if needs_peer else "",
     )
@@ -191,6 +192,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--adapter-rate", type=float, default=1e-3, help="learning rate of all with adapters")
     parser.add_argument("--full-rate", type=float, default=5e-5, help="and of full fine-tuning, everybody's")
     parser.add_argument("--threads", type=int, default=work.cores())
+    parser.add_argument("--trunk-cache-gb", type=float, default=ComputeConfig().trunk_cache_gb)
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     options = parser.parse_args(arguments)
     options.epochs_of, options.only_seed = dict(options.epochs_of), dict(options.only_seed)

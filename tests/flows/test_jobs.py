@@ -147,6 +147,29 @@ def test_a_failing_job_gives_its_own_line(spec: MakeSpec, tmp_path: Path) -> Non
     assert not caught.value.retry_can_help
 
 
+def test_what_a_job_has_to_say_is_logged_once_and_is_no_progress(
+    spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(jobs.log, "warning", lambda line, *values: told.append(line % values))
+    monkeypatch.setenv("ADAPTERLINE_CACHE", str(tmp_path / "cache"))
+    tight = Limits(threads=1, device="cpu", trunk_cache_gb=1e-6)
+    epochs: list[int] = []
+    follow(spec(str(tmp_path / "store")).model_copy(update={"limits": tight}), tmp_path / "out", of_epochs(epochs))
+    assert epochs == list(range(1, len(epochs) + 1))
+    trains, validates = told
+    for line in told:
+        assert line.startswith("          job pfeiffer: of ")
+        assert line.endswith(
+            "of the texts 0 are kept, the rest is computed in each step: raise compute.trunk_cache_gb (1e-06)"
+        )
+    assert trains != validates
+
+
+def of_epochs(seen: list[int]) -> Callable[[progress.Event], None]:
+    return lambda event: seen.append(event.epoch) if event.metrics is not None else None
+
+
 class TestOverS3:
     pytestmark = servers
 

@@ -17,7 +17,7 @@ from components.config import LearningRates, Schedule
 from components.errors import ConfigError
 from components.methods import settings_of
 from components.registry import bundle
-from components.training import job, material, sweep
+from components.training import job, material, progress, sweep
 from components.training.progress import Event
 from components.training.spec import DataRef, JobSpec, Limits
 from components.training.sweep import Errand, News
@@ -226,6 +226,18 @@ class TestTheProcess:
         heard = [sweep.heard(line) for line in ended.stdout.splitlines()]
         assert [news.errand for news in heard if news and news.event is None] == [0, 1]
         assert {news.errand for news in heard if news and news.event and news.event.metrics} == {0, 1}
+
+    def test_what_all_jobs_have_to_say_is_said_once(self, lively_base: Path, data: DataRef, tmp_path: Path) -> None:
+        tight = LIMITS.model_copy(update={"trunk_cache_gb": 1e-6})
+        some = {
+            name: toy_spec(lively_base, data, "pfeiffer", 1, seed=seed, limits=tight) for seed, name in enumerate("ab")
+        }
+        sweep.write(errands(some, tmp_path), tmp_path / "errands.json")
+        ended = self.run(tmp_path / "errands.json")
+        assert ended.returncode == 0, ended.stderr
+        trains, validates = filter(None, map(progress.note, ended.stdout.splitlines()))
+        assert trains != validates
+        assert all("of the texts 0 are kept, the rest is computed" in each for each in (trains, validates))
 
     def test_a_wrong_file_is_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "errands.json").write_text('[{"spec": {}}]')

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from components.errors import StorageError
+from components.training import trunk_cache
 from components.training.trunk_cache import FOLDER, Store, TrunkCache
 
 LENGTHS = np.array([3, 1, 4, 2])
@@ -55,6 +56,14 @@ def opened(cache: TrunkCache, name: str, filling: Callable[[Store], None] = fill
 
 def never(store: Store) -> None:
     raise AssertionError("written again")
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Asked of the logger itself, which servers of other tests may have muted."""
+    lines: list[str] = []
+    monkeypatch.setattr(trunk_cache.log, "warning", lambda line, *values: lines.append(line % values))
+    return lines
 
 
 def names(folder: Path) -> list[str]:
@@ -129,15 +138,50 @@ def test_one_that_is_removed_while_it_is_read_can_be_read_on(tmp_path: Path) -> 
     assert torch.equal(read(store, [0])[1], states_of([0], 0.0)[1])
 
 
-def test_what_is_larger_than_the_limit_is_not_kept_and_takes_nothing_away(tmp_path: Path) -> None:
+def test_of_what_is_larger_than_the_limit_the_shortest_rows_are_kept(tmp_path: Path, told: list[str]) -> None:
+    def fill_in(store: Store) -> None:
+        assert store.rows.tolist() == [0, 1, 3]
+        store.write(store.rows, starts_of(store.rows), states_of(store.rows))
+
+    cache = TrunkCache(tmp_path, BYTES - 1)
+    store = opened(cache, "one", fill_in)
+    assert store is not None
+    assert store.has(np.array([3, 2, 1, 0])).tolist() == [True, False, True, True]
+    for found, written in zip(read(store, [3, 0]), states_of([3, 0], 0.0), strict=True):
+        assert torch.equal(found, written)
+    assert (tmp_path / FOLDER / "one.states").stat().st_size == BYTES * 6 // 10
+    assert told == [
+        "of 6.4e-07 GB that frozen layers make of the texts 3.84e-07 are kept, the rest is computed in each step: "
+        "raise compute.trunk_cache_gb (6.39e-07)"
+    ]
+    assert opened(cache, "one", never) is not None
+
+
+def test_of_what_is_far_larger_nothing_is_kept_nor_taken_away(tmp_path: Path, told: list[str]) -> None:
     opened(TrunkCache(tmp_path, BYTES), "one")
-    assert opened(TrunkCache(tmp_path, BYTES - 1), "two", never) is None
+    assert opened(TrunkCache(tmp_path, BYTES // 6), "two", never) is None
     assert names(tmp_path) == ["one"]
+    (line,) = told
+    assert "of the texts 0 are kept, the rest is computed" in line
 
 
-def test_a_disk_that_has_too_little_room_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_higher_limit_all_are_kept(tmp_path: Path) -> None:
+    opened(TrunkCache(tmp_path, BYTES - 1), "one", lambda store: None)
+    store = opened(TrunkCache(tmp_path, BYTES), "one")
+    assert store is not None
+    assert store.has(np.arange(4)).all()
+    assert torch.equal(read(store, [1])[0], states_of([1], 0.0)[0])
+
+
+def test_a_disk_that_has_too_little_room_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str]
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, BYTES))  # type: ignore[attr-defined]
     assert opened(TrunkCache(tmp_path, 10**6), "one", never) is None
+    assert told == [
+        "of 6.4e-07 GB that frozen layers make of the texts 0 are kept, the rest is computed in each step: "
+        "the disk has too little room, or others are writing"
+    ]
 
 
 def test_what_another_is_writing_counts(tmp_path: Path) -> None:
