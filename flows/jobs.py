@@ -181,7 +181,7 @@ def follow_process(
             with ended_with_flow(process.terminate):
                 for line in process.stdout or ():
                     if said := progress.note(line):
-                        log.warning("          %s: %s", name, said)
+                        log.warning("warning   %s: %s", name, said)
                     else:
                         hear(line)
                 code = process.wait()

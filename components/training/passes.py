@@ -185,7 +185,7 @@ def passes(
         )
         with encoder.in_place(), judge.in_place() if judge is not encoder else nullcontext(), crew.at_work():
             if means.cache is not None:
-                learn.trunk.keep(means.cache, means.base, crew)
+                learn.trunk.keep(means.cache, means.base, crew, check.trunk.layout.bytes)
             at_once = means.tokens_at_once or (LEARNED_AT_ONCE if device.type == "cpu" else None)
             yield Passes(learn, check, crew, at_once, means, encoder.replaced)
     elif packed := _packed(model, precision, means):
@@ -197,8 +197,8 @@ def passes(
         and (layered := _layered(model, train, padding, device, precision))
     ):
         below = Trunk(layered, train, padding, device, precision)
-        below.keep(means.cache, means.base, ALONE)
         checked = Trunk(replace(layered, dtype=exact.dtype), validation, padding, device, exact)
+        below.keep(means.cache, means.base, ALONE, checked.layout.bytes)
         above, judged = (AboveLayers(trunk, model, padding, device) for trunk in (below, checked))
         yield Passes(above, judged, at_once=means.tokens_at_once, means=means)
     else:

@@ -47,11 +47,14 @@ class Notes(logging.Handler):
         self._told: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        said = record.getMessage()
-        if said not in self._told:
-            self._told.add(said)
-            sys.stdout.write(json.dumps({"note": said}) + "\n")
-            sys.stdout.flush()
+        try:
+            said = record.getMessage()
+            if said not in self._told:
+                self._told.add(said)
+                sys.stdout.write(json.dumps({"note": said}) + "\n")
+                sys.stdout.flush()
+        except Exception:  # noqa: BLE001  # as all handlers: that something cannot be told ends no job
+            self.handleError(record)
 
 
 @contextmanager

@@ -4,7 +4,8 @@
 
 ERRANDS is a JSON file with a list of {"spec": a job spec, "out": where its bundle goes}. Each is the very job that
 `components.training.job` would do, with the same result. One that cannot train, of a learning rate that is too high
-say, does not keep the others from it. Standard output is a JSON line for each step of each job, and for its end.
+say, does not keep the others from it. Standard output is a JSON line for each step of each job, for its end, and for
+what it logs.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from components.training.encoder import Encoder
 from components.training.layered import Layered
 from components.training.packing import Packing
 from components.training.precision import Precision
-from components.training.trunk_cache import Rows, Store, TrunkCache
+from components.training.trunk_cache import Layout, Rows, Store, TrunkCache
 
 # What the states follow from, beside frozen weights, tokens and cut.
 CODE = (
@@ -61,13 +61,18 @@ class Trunk(Generic[E]):
         versions: list[str] = [metadata.version(name) for name in LIBRARIES]
         return digest.of_json([*about, *versions, digest.of_code(*CODE)])
 
-    def keep(self, cache: TrunkCache, base: str, crew: Crew) -> None:
+    @property
+    def layout(self) -> Layout:
+        """Of the states when they are kept."""
+        cut, hidden = self.encoder.cut, int(self.encoder.model.config.hidden_size)
+        return Layout(self.lengths, cut.states, hidden, self.precision.dtype, cut.first)
+
+    def keep(self, cache: TrunkCache, base: str, crew: Crew, beside: int = 0) -> None:
         """Read the states from the cache from now on, computing them first if it has not got them; it may have no room.
 
         Texts of like length go together, whatever order they are trained in, so the states are the same for every job.
+        beside: bytes of the cache to leave to another trunk.
         """
-        states = self.encoder.cut.states
-        hidden = int(self.encoder.model.config.hidden_size)
 
         def fill(store: Store) -> None:
             kept = store.rows
@@ -75,7 +80,7 @@ class Trunk(Generic[E]):
             crew.each([partial(self._put, store, kept[rows]) for rows in batches])
 
         self.is_kept = True
-        self._store = cache.opened(self.digest(base), self._counts, states, hidden, self.precision.dtype, fill)
+        self._store = cache.opened(self.digest(base), self.layout, fill, beside)
 
     def states(self, rows: Rows) -> tuple[list[torch.Tensor], Packing]:
         """As many as the cut has, (tokens or rows, hidden) each, and how rows lie in them."""
@@ -90,15 +95,16 @@ class Trunk(Generic[E]):
 
     def _complete(self, found: list[torch.Tensor], rows: Rows, starts: Rows, kept: npt.NDArray[np.bool_]) -> None:
         """Compute what is missing, and put it where its rows start."""
-        order = np.argsort(kept, kind="stable")
-        missing = order[: np.count_nonzero(~kept)]
-        # Beside others, for the sake of few shapes (see `batching.widened`).
-        beside = rows[order[: 1 << (len(missing) - 1).bit_length()]]
-        packing = self.packing(beside)
+        order, missing = np.argsort(kept, kind="stable"), int(np.count_nonzero(~kept))
+        # In bfloat16 beside others, for the sake of few shapes (see `batching.widened`).
+        at_once = 1 << (missing - 1).bit_length() if self.encoder.dtype == torch.bfloat16 else missing
+        packing = self.packing(rows[order[:at_once]])
         begins, _ = self._places(packing)
-        for state, made in zip(found, self.computed(beside, packing), strict=True):
-            for at, begin, count in zip(starts[missing], begins, self._counts[rows[missing]], strict=False):
-                state[at : at + count] = made[begin : begin + count]
+        states = self.computed(rows[order[:at_once]], packing)
+        counts = self.layout.counts[rows]
+        for row, begin in zip(order[:missing], begins, strict=False):
+            for state, made in zip(found, states, strict=True):
+                state[starts[row] : starts[row] + counts[row]] = made[begin : begin + counts[row]]
 
     def computed(self, rows: Rows, packing: Packing) -> list[torch.Tensor]:
         longest, most = int(self.lengths[rows].max()), positions(self.encoder.model.config)
@@ -113,11 +119,6 @@ class Trunk(Generic[E]):
 
     def packing(self, rows: Rows) -> Packing:
         return Packing.of(self.lengths[rows], self.encoder.dtype, self._device, self.encoder.packs)
-
-    @property
-    def _counts(self) -> Rows:
-        """(rows,): tokens of each that the cut has states of."""
-        return np.ones_like(self.lengths) if self.encoder.cut.first else self.lengths
 
     def _places(self, packing: Packing) -> tuple[Rows, int]:
         """Where rows start in states, and how many tokens there are."""

@@ -18,6 +18,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,33 +36,71 @@ FOLDER = "trunk"
 ENDING = ".states"
 # Of the disk's free space, what one file may take: other jobs want to write, too.
 SHARE = 0.5
-# Of the limit, what one file takes that is kept in part: the rows to validate on want room, too.
-PART = 0.8
-# Of a trunk, what is worth keeping.
-LEAST = 0.2
 
 log = logging.getLogger("adapterline")
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What is kept of rows: so many states of each token, or of the first one alone.
+
+    In a file they lie as (states, tokens of the rows that are kept, hidden).  lengths: (rows,), tokens of each.  kept:
+    (rows,), is it? None for all.
+    """
+
+    lengths: Rows
+    states: int
+    hidden: int
+    dtype: torch.dtype
+    first: bool = False
+    kept: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def counts(self) -> Rows:
+        """(rows,): of how many tokens of each row there are states."""
+        return np.ones_like(self.lengths) if self.first else self.lengths
+
+    @cached_property
+    def starts(self) -> Rows:
+        """(rows + 1,): where each row begins, in tokens, and the last one ends."""
+        counts = self.counts if self.kept is None else self.counts * self.kept
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    @property
+    def token(self) -> int:
+        """Bytes of one state of a token."""
+        return self.hidden * self.dtype.itemsize
+
+    @property
+    def bytes(self) -> int:
+        return self.states * int(self.starts[-1]) * self.token
+
+    def within(self, most: int) -> Layout:
+        """The same of the shortest rows, in at most so many bytes."""
+        order = np.argsort(self.lengths, kind="stable")
+        kept = np.zeros(len(order), dtype=np.bool_)
+        kept[order] = self.states * np.cumsum(self.counts[order]) * self.token <= most
+        return replace(self, kept=kept)
+
+
 class Store:
-    """States of rows in one file, (states, tokens of all of them, hidden).
+    """States of rows in one file.
 
     Read and written a row at a time rather than mapped: pages of a mapped file count as memory of the job.
     """
 
-    def __init__(self, file: BinaryIO, starts: npt.NDArray[np.int64], states: int, hidden: int, dtype: torch.dtype):
-        """starts: (rows + 1,), where each row begins and the last one ends; a row that is not kept has no tokens."""
-        self._file, self._starts, self._states = file, starts, states
-        self._hidden, self._dtype = hidden, dtype
+    def __init__(self, file: BinaryIO, layout: Layout) -> None:
+        self._file, self.layout = file, layout
 
     @property
     def rows(self) -> Rows:
         """Those that are kept."""
-        return np.flatnonzero(np.diff(self._starts))
+        return np.flatnonzero(self.has(np.arange(len(self.layout.lengths))))
 
     def has(self, rows: Rows) -> npt.NDArray[np.bool_]:
         """(rows,): which of them are kept."""
-        return self._starts[rows + 1] > self._starts[rows]
+        kept = self.layout.kept
+        return np.ones(len(rows), dtype=np.bool_) if kept is None else kept[rows]
 
     def write(self, rows: Rows, starts: Rows, states: list[torch.Tensor]) -> None:
         """states: (tokens, hidden) each.  starts: (rows,), where the rows start in them."""
@@ -75,7 +115,8 @@ class Store:
 
         Raises StorageError when the file was cut short meanwhile.
         """
-        found = [torch.zeros(tokens, self._hidden, dtype=self._dtype) for _ in range(self._states)]
+        layout = self.layout
+        found = [torch.zeros(tokens, layout.hidden, dtype=layout.dtype) for _ in range(layout.states)]
         for number, state in enumerate(found):
             for row, start, length in self._parts(rows, starts):
                 content = _bytes(state[start : start + length])
@@ -86,7 +127,7 @@ class Store:
 
     def _parts(self, rows: Rows, starts: Rows) -> Iterator[tuple[int, int, int]]:
         """Of each row its number, start and length."""
-        lengths = self._starts[rows + 1] - self._starts[rows]
+        lengths = self.layout.starts[rows + 1] - self.layout.starts[rows]
         return zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True)
 
     def _cut_short(self, expected: int, found: int) -> StorageError:
@@ -95,89 +136,59 @@ class Store:
 
     def _place(self, state: int, row: int) -> int:
         """Of a row's first byte."""
-        return int(state * self._starts[-1] + self._starts[row]) * self._hidden * self._dtype.itemsize
+        starts = self.layout.starts
+        return int(state * starts[-1] + starts[row]) * self.layout.token
 
 
 class TrunkCache:
-    """The files in one folder. Where there is no room, nothing is kept, and nothing fails."""
+    """The files in one folder. Where there is no room, as much is kept as there is room for, and nothing fails."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         """limit: bytes of all files together."""
         self._folder, self._limit = folder / FOLDER, limit
 
-    def opened(
-        self,
-        name: str,
-        lengths: npt.NDArray[np.int64],
-        states: int,
-        hidden: int,
-        dtype: torch.dtype,
-        fill: Callable[[Store], None],
-    ) -> Store | None:
-        """The states of that name, written by `fill` if they are not there. Those of the shortest rows where all would
-        take too much room; None where even these would.
+    def opened(self, name: str, layout: Layout, fill: Callable[[Store], None], beside: int = 0) -> Store | None:
+        """The states of that name, written by `fill` if they are not there; of some rows where all would take too much
+        room, None where even these would.
 
-        lengths: (rows,), tokens of each.
+        beside: bytes to leave to another file.
         """
-        token = states * hidden * dtype.itemsize
-        kept = _kept(lengths, self._limit // token, int(PART * self._limit) // token)
-        starts = np.concatenate([[0], np.cumsum(lengths * kept)])
-        size, whole = int(starts[-1]) * token, int(lengths.sum()) * token
-
-        def store(file: BinaryIO) -> Store:
-            return Store(file, starts, states, hidden, dtype)
-
-        if size < whole:
-            _tell(whole, size, f"raise compute.trunk_cache_gb ({self._limit / 1e9:.3g})")
-        if not size:
-            return None
+        room = self._limit - beside
+        part = layout if layout.bytes <= room else layout.within(room)
         path = self._folder / f"{name}{ENDING}"
         with cache.alone(path.with_suffix(".lock")):
-            file = _whole(path, size)
-            if file is None:
-                try:
-                    self._write(path, size, lambda written: fill(store(written)))
-                except OSError as error:
-                    if not disk.full(error):
-                        raise
-                file = _whole(path, size)
-            if file is None:  # there was too little room, or another job made room of it at once
-                _tell(whole, 0, "the disk has too little room, or others are writing")
-                return None
-            os.utime(file.fileno())
-            return store(file)
+            store = _whole(path, layout) or _whole(path, part)
+            if store is None and part.bytes:
+                self._write(path, part, fill)
+                store = _whole(path, part)  # unless there was too little room, or another job made room of it at once
+        kept = store.layout.bytes if store else 0
+        if kept < layout.bytes:
+            log.warning(
+                "of %.3g GB that frozen layers make of the texts %.3g are kept, the rest is computed in each step: %s",
+                layout.bytes / 1e9,
+                kept / 1e9,
+                f"raise compute.trunk_cache_gb ({self._limit / 1e9:.3g})"
+                if kept == part.bytes
+                else "the disk has too little room, or others are writing",
+            )
+        return store
 
-    def _write(self, path: Path, size: int, fill: Callable[[BinaryIO], None]) -> None:
-        """Nothing, where it would take too much of the disk. Raises OSError when there is no room."""
-        with ExitStack() as unfinished:
-            with cache.room(self._folder, ENDING, self._limit - size):
-                if size > SHARE * shutil.disk_usage(self._folder).free:
-                    return
-                file = unfinished.enter_context(cache.writing(path))
-                # A disk that is full says so before anything is computed, and others count all of it from here on.
-                os.posix_fallocate(file.fileno(), 0, size)
-            fill(file)
-            os.fsync(file.fileno())
-
-
-def _tell(whole: int, kept: int, why: str) -> None:
-    """whole, kept: bytes."""
-    log.warning(
-        "of %.3g GB that frozen layers make of the texts %.3g are kept, the rest is computed in each step: %s",
-        whole / 1e9,
-        kept / 1e9,
-        why,
-    )
-
-
-def _kept(lengths: npt.NDArray[np.int64], most: int, part: int) -> npt.NDArray[np.bool_]:
-    """(rows,): which are kept. All, if they have at most `most` tokens, or else the shortest with `part` together."""
-    order = np.argsort(lengths, kind="stable")
-    sums = np.cumsum(lengths[order])
-    kept = np.ones(len(lengths), dtype=np.bool_)
-    if len(sums) and sums[-1] > most:
-        kept[order] = (sums <= part) & (part >= LEAST * sums[-1])
-    return kept
+    def _write(self, path: Path, layout: Layout, fill: Callable[[Store], None]) -> None:
+        """Nothing, where it would take too much room."""
+        path.unlink(missing_ok=True)  # of another size
+        try:
+            with ExitStack() as unfinished:
+                with cache.room(self._folder, ENDING, self._limit - layout.bytes):
+                    if layout.bytes > SHARE * shutil.disk_usage(self._folder).free:
+                        return
+                    file = unfinished.enter_context(cache.writing(path))
+                    # A disk that is full says so before anything is computed, and others count all of it from here on.
+                    os.posix_fallocate(file.fileno(), 0, layout.bytes)
+                fill(Store(file, layout))
+                os.fsync(file.fileno())
+        except OSError as error:
+            if not disk.full(error):
+                raise
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -185,13 +196,14 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data.cast("B")
 
 
-def _whole(path: Path, size: int) -> BinaryIO | None:
+def _whole(path: Path, layout: Layout) -> Store | None:
     """The file, if it is there and all in it. Opened before it is looked at: others may make room of it meanwhile."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return None
-    if os.fstat(file.fileno()).st_size == size:
-        return file
-    file.close()
-    return None
+    if os.fstat(file.fileno()).st_size != layout.bytes:
+        file.close()
+        return None
+    os.utime(file.fileno())
+    return Store(file, layout)

@@ -147,7 +147,7 @@ def test_a_failing_job_gives_its_own_line(spec: MakeSpec, tmp_path: Path) -> Non
     assert not caught.value.retry_can_help
 
 
-def test_what_a_job_has_to_say_is_logged_once_and_is_no_progress(
+def test_what_a_job_has_to_say_is_logged_and_is_no_progress(
     spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
@@ -159,7 +159,7 @@ def test_what_a_job_has_to_say_is_logged_once_and_is_no_progress(
     assert epochs == list(range(1, len(epochs) + 1))
     trains, validates = told
     for line in told:
-        assert line.startswith("          job pfeiffer: of ")
+        assert line.startswith("warning   job pfeiffer: of ")
         assert line.endswith(
             "of the texts 0 are kept, the rest is computed in each step: raise compute.trunk_cache_gb (1e-06)"
         )

@@ -17,12 +17,13 @@ import torch
 
 from components.errors import StorageError
 from components.training import trunk_cache
-from components.training.trunk_cache import FOLDER, Store, TrunkCache
+from components.training.trunk_cache import FOLDER, Layout, Store, TrunkCache
 
 LENGTHS = np.array([3, 1, 4, 2])
 HIDDEN = 8
 WIDTH = 5  # more than any row has
-BYTES = 2 * int(LENGTHS.sum()) * HIDDEN * 4  # two states in float32
+LAYOUT = Layout(LENGTHS, 2, HIDDEN, torch.float32)
+BYTES = 2 * int(LENGTHS.sum()) * HIDDEN * 4
 
 
 def starts_of(rows: Any) -> Any:
@@ -51,7 +52,7 @@ def fill(store: Store) -> None:
 
 
 def opened(cache: TrunkCache, name: str, filling: Callable[[Store], None] = fill) -> Store | None:
-    return cache.opened(name, LENGTHS, 2, HIDDEN, torch.float32, filling)
+    return cache.opened(name, LAYOUT, filling)
 
 
 def never(store: Store) -> None:
@@ -138,14 +139,15 @@ def test_one_that_is_removed_while_it_is_read_can_be_read_on(tmp_path: Path) -> 
     assert torch.equal(read(store, [0])[1], states_of([0], 0.0)[1])
 
 
-def test_of_what_is_larger_than_the_limit_the_shortest_rows_are_kept(tmp_path: Path, told: list[str]) -> None:
-    def fill_in(store: Store) -> None:
-        assert store.rows.tolist() == [0, 1, 3]
-        store.write(store.rows, starts_of(store.rows), states_of(store.rows))
+def fill_in(store: Store) -> None:
+    store.write(store.rows, starts_of(store.rows), states_of(store.rows))
 
+
+def test_of_what_is_larger_than_the_limit_the_shortest_rows_are_kept(tmp_path: Path, told: list[str]) -> None:
     cache = TrunkCache(tmp_path, BYTES - 1)
     store = opened(cache, "one", fill_in)
     assert store is not None
+    assert store.rows.tolist() == [0, 1, 3]
     assert store.has(np.array([3, 2, 1, 0])).tolist() == [True, False, True, True]
     for found, written in zip(read(store, [3, 0]), states_of([3, 0], 0.0), strict=True):
         assert torch.equal(found, written)
@@ -157,20 +159,54 @@ def test_of_what_is_larger_than_the_limit_the_shortest_rows_are_kept(tmp_path: P
     assert opened(cache, "one", never) is not None
 
 
+def test_so_they_are_where_first_tokens_are_kept(tmp_path: Path) -> None:
+    layout = Layout(LENGTHS, 1, HIDDEN, torch.float32, first=True)
+    assert layout.bytes == 4 * HIDDEN * 4
+    store = TrunkCache(tmp_path, layout.bytes // 2).opened("one", layout, lambda store: None)
+    assert store is not None
+    assert store.rows.tolist() == [1, 3]
+
+
+def test_room_is_left_to_what_is_kept_beside(tmp_path: Path) -> None:
+    """Or jobs that keep both would take turns to remove one for the other."""
+    cache = TrunkCache(tmp_path, 2 * BYTES - 1)
+    for filling in (fill_in, never):
+        store = cache.opened("trains", LAYOUT, filling, beside=BYTES)
+        assert store is not None
+        assert store.rows.tolist() == [0, 1, 3]
+        assert opened(cache, "validates", fill if filling is fill_in else never) is not None
+    assert names(tmp_path) == ["trains", "validates"]
+
+
 def test_of_what_is_far_larger_nothing_is_kept_nor_taken_away(tmp_path: Path, told: list[str]) -> None:
     opened(TrunkCache(tmp_path, BYTES), "one")
-    assert opened(TrunkCache(tmp_path, BYTES // 6), "two", never) is None
+    assert opened(TrunkCache(tmp_path, BYTES // 11), "two", never) is None
     assert names(tmp_path) == ["one"]
     (line,) = told
-    assert "of the texts 0 are kept, the rest is computed" in line
+    assert "of the texts 0 are kept, the rest is computed in each step: raise" in line
 
 
 def test_with_a_higher_limit_all_are_kept(tmp_path: Path) -> None:
-    opened(TrunkCache(tmp_path, BYTES - 1), "one", lambda store: None)
+    opened(TrunkCache(tmp_path, BYTES - 1), "one", fill_in)
     store = opened(TrunkCache(tmp_path, BYTES), "one")
     assert store is not None
     assert store.has(np.arange(4)).all()
-    assert torch.equal(read(store, [1])[0], states_of([1], 0.0)[0])
+    assert torch.equal(read(store, [2])[0], states_of([2], 0.0)[0])
+
+
+def test_with_a_lower_limit_what_is_there_is_read(tmp_path: Path) -> None:
+    opened(TrunkCache(tmp_path, BYTES), "one")
+    store = opened(TrunkCache(tmp_path, BYTES - 1), "one", never)
+    assert store is not None
+    assert store.has(np.arange(4)).all()
+
+
+def test_one_that_was_kept_in_part_makes_room_before_others(tmp_path: Path) -> None:
+    opened(TrunkCache(tmp_path, BYTES - 1), "one", fill_in)
+    opened(TrunkCache(tmp_path, 2 * BYTES), "two")
+    os.utime(tmp_path / FOLDER / "two.states", (1000, 1000))
+    opened(TrunkCache(tmp_path, 2 * BYTES), "one")
+    assert names(tmp_path) == ["one", "two"]
 
 
 def test_a_disk_that_has_too_little_room_is_left_alone(
@@ -200,7 +236,7 @@ def test_for_what_has_no_room_beside_another_that_is_written_nothing_is_taken_aw
     opened(cache, "old")
 
     def meanwhile(store: Store) -> None:
-        assert cache.opened("large", 2 * LENGTHS, 2, HIDDEN, torch.float32, never) is None
+        assert cache.opened("large", Layout(2 * LENGTHS, 2, HIDDEN, torch.float32), never) is None
         fill(store)
 
     opened(cache, "new", meanwhile)
