@@ -227,7 +227,9 @@ class TestTheProcess:
         assert [news.errand for news in heard if news and news.event is None] == [0, 1]
         assert {news.errand for news in heard if news and news.event and news.event.metrics} == {0, 1}
 
-    def test_what_all_jobs_have_to_say_is_said_once(self, lively_base: Path, data: DataRef, tmp_path: Path) -> None:
+    def test_what_all_jobs_have_to_say_is_said_once(
+        self, lively_base: Path, data: DataRef, own_cache: Path, tmp_path: Path
+    ) -> None:
         tight = LIMITS.model_copy(update={"trunk_cache_gb": 1e-6})
         some = {
             name: toy_spec(lively_base, data, "pfeiffer", 1, seed=seed, limits=tight) for seed, name in enumerate("ab")
