@@ -158,7 +158,8 @@ class Passes:
     def ready_to_check(self) -> None:
         """Compute the trunk of the rows to validate on, if that was not done."""
         if self.check is not None and self.means.cache is not None and not self.check.trunk.is_kept:
-            self.check.trunk.keep(self.means.cache, self.means.base, self.crew)
+            beside = self.learn.trunk.layout.bytes if isinstance(self.learn, AboveTrunk | AboveLayers) else 0
+            self.check.trunk.keep(self.means.cache, self.means.base, self.crew, beside)
 
 
 @contextmanager

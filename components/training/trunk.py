@@ -71,7 +71,7 @@ class Trunk(Generic[E]):
         """Read the states from the cache from now on, computing them first if it has not got them; it may have no room.
 
         Texts of like length go together, whatever order they are trained in, so the states are the same for every job.
-        beside: bytes of the cache to leave to another trunk.
+        beside: bytes of another trunk that shares the cache.
         """
 
         def fill(store: Store) -> None:

@@ -151,10 +151,10 @@ class TrunkCache:
         """The states of that name, written by `fill` if they are not there; of some rows where all would take too much
         room, None where even these would.
 
-        beside: bytes to leave to another file.
+        beside: bytes of another file that wants as large a share of what it needs.
         """
-        room = self._limit - beside
-        part = layout if layout.bytes <= room else layout.within(room)
+        both = layout.bytes + beside
+        part = layout if both <= self._limit else layout.within(self._limit * layout.bytes // both)
         path = self._folder / f"{name}{ENDING}"
         with cache.alone(path.with_suffix(".lock")):
             store = _whole(path, layout) or _whole(path, part)

@@ -48,7 +48,7 @@ def test_fifty_steps_lose_what_a_plain_padded_loop_loses(
     tokens = tokens_of(base)
     plain = losses(model_of(base, method, **settings), tokens, None)
     whole = states * bytes_of(tokens)
-    half = Means(TrunkCache(tmp_path, whole * 3 // 2), "base")  # the rows to validate on are the same
+    half = Means(TrunkCache(tmp_path, whole), "base")  # the rows to validate on are the same
     for _ in range(2):  # written, and read
         assert losses(model_of(base, method, **settings), tokens, half) == pytest.approx(plain, abs=1e-4)
     (file,) = tmp_path.rglob("*.states")
@@ -61,7 +61,7 @@ def test_so_they_do_when_threads_share_each_batch(base_of: BaseOf, method: str, 
     tokens = tokens_of(base)
     plain = losses(model_of(base, method), tokens, None)
     whole = 2 * bytes_of(tokens) if method == "pfeiffer" else len(tokens.ids) * HIDDEN * 4
-    half = Means(TrunkCache(tmp_path, whole * 3 // 2), "base")
+    half = Means(TrunkCache(tmp_path, whole), "base")
     assert losses(model_of(base, method), tokens, half, threads=3) == pytest.approx(plain, abs=1e-4)
     (file,) = tmp_path.rglob("*.states")
     assert 0.4 * whole < file.stat().st_size <= 0.5 * whole
@@ -74,7 +74,7 @@ def test_so_they_do_when_rows_are_packed(base_of: BaseOf, tmp_path: Path, monkey
     plain = losses(model_of(base, "pfeiffer"), tokens, None)
     monkeypatch.setattr("components.training.encoder.takes_packed", lambda *_: True)
     assert Encoder(model_of(base, "pfeiffer"), torch.float32).packs
-    half = Means(TrunkCache(tmp_path, 2 * bytes_of(tokens) * 3 // 2), "base")
+    half = Means(TrunkCache(tmp_path, 2 * bytes_of(tokens)), "base")
     assert losses(model_of(base, "pfeiffer"), tokens, half) == pytest.approx(plain, abs=1e-4)
     assert list(tmp_path.rglob("*.states"))
 

@@ -167,15 +167,22 @@ def test_so_they_are_where_first_tokens_are_kept(tmp_path: Path) -> None:
     assert store.rows.tolist() == [1, 3]
 
 
-def test_room_is_left_to_what_is_kept_beside(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit", "trains", "validates"), [
+    (3 * BYTES, 2 * BYTES, BYTES),
+    (3 * BYTES - 1, 12 * BYTES // 10, 6 * BYTES // 10),
+    (BYTES, 6 * BYTES // 10, 3 * BYTES // 10),
+])  # fmt: skip
+def test_two_that_want_more_than_there_is_get_the_same_share(
+    tmp_path: Path, limit: int, trains: int, validates: int
+) -> None:
     """Or jobs that keep both would take turns to remove one for the other."""
-    cache = TrunkCache(tmp_path, 2 * BYTES - 1)
-    for filling in (fill_in, never):
-        store = cache.opened("trains", LAYOUT, filling, beside=BYTES)
-        assert store is not None
-        assert store.rows.tolist() == [0, 1, 3]
-        assert opened(cache, "validates", fill if filling is fill_in else never) is not None
-    assert names(tmp_path) == ["trains", "validates"]
+    cache = TrunkCache(tmp_path, limit)
+    large = Layout(LENGTHS, 4, HIDDEN, torch.float32)
+    for filling in (lambda store: None, never):
+        assert cache.opened("trains", large, filling, beside=LAYOUT.bytes) is not None
+        assert cache.opened("validates", LAYOUT, filling, beside=large.bytes) is not None
+    sizes = {path.stem: path.stat().st_size for path in (tmp_path / FOLDER).glob("*.states")}
+    assert sizes == {"trains": trains, "validates": validates}
 
 
 def test_of_what_is_far_larger_nothing_is_kept_nor_taken_away(tmp_path: Path, told: list[str]) -> None:
