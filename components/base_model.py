@@ -141,19 +141,43 @@ def load_classifier(base: BaseModel, labels: tuple[str, ...]) -> tuple[PreTraine
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # a checkpoint that is a classifier of other labels gives its transformer
         )
+    model.config.pad_token_id = _padding(config, base)
     prefix = f"{model.base_model_prefix}."
     outside = (name for name, _ in model.named_parameters() if not name.startswith(prefix))
     drawn = (key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"])
     return model, _modules({*outside, *drawn, *loading["missing_keys"]})
 
 
+def padding(base: BaseModel) -> int:
+    """Id of the token that fills up rows.
+
+    Heads of decoders take the last one that is another for the end of a text, and RoBERTa counts positions of others
+    only: so it is the one that the base's config names. Many decoders' name none: then the tokenizer's, or that which
+    ends a text.
+    """
+    from transformers import AutoConfig
+
+    return _padding(AutoConfig.from_pretrained(base.path, trust_remote_code=False, local_files_only=True), base)
+
+
+def _padding(config: Any, base: BaseModel) -> int:
+    told = getattr(config, "pad_token_id", None)
+    if told is None or told < 0:
+        tokenizer = load_tokenizer(base)
+        told = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return int(told or 0)
+
+
 def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerFast:
-    """The base's fast tokenizer, with any truncation and padding that were saved in it reset."""
+    """The base's fast tokenizer, with any truncation and padding that were saved in it reset.
+
+    What a text has like "</s>" or "[SEP]" is text: users write it, and models read a control token as an order.
+    """
     from transformers import AutoTokenizer
 
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(
-            base.path, use_fast=True, trust_remote_code=False, local_files_only=True
+            base.path, use_fast=True, split_special_tokens=True, trust_remote_code=False, local_files_only=True
         )
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

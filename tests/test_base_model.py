@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -160,6 +161,37 @@ def test_truncation_and_padding_saved_with_a_tokenizer_are_reset(copied: Path) -
     saved.save(str(copied / "tokenizer.json"))
     rows = base_model.load_tokenizer(found(copied))(["word1", "word1 word2 word3 word4 word5"])["input_ids"]
     assert [len(row) for row in rows] == [3, 7]
+
+
+def test_a_control_token_in_a_text_is_text(tiny_base: Path) -> None:
+    tokenizer = base_model.load_tokenizer(found(tiny_base))
+    ids = tokenizer("word1 [SEP] word2")["input_ids"]
+    assert (ids.count(tokenizer.sep_token_id), ids.count(tokenizer.unk_token_id)) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("of_config", "of_tokenizer", "expected"),
+    [(3, "[PAD]", 3), (None, "[PAD]", 0), (-1, "[MASK]", 4), (None, None, 2)],
+)
+def test_rows_are_filled_up_with_what_the_model_takes_for_padding(
+    tmp_path: Path, of_config: int | None, of_tokenizer: str | None, expected: int
+) -> None:
+    """Many decoders have no token for padding; then it is the one that ends a text, here [CLS]."""
+    make_base(tmp_path, "gpt2")
+    for name, about in (
+        ("config.json", {"pad_token_id": of_config}),
+        ("tokenizer_config.json", {"pad_token": of_tokenizer, "eos_token": "[CLS]"}),
+    ):
+        path = tmp_path / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **about}))
+    base = found(tmp_path)
+    model, _ = base_model.load_classifier(base, LABELS)
+    assert (base_model.padding(base), model.config.pad_token_id) == (expected, expected)
+
+    rows = [[7, 8, 9, 10], [11, 12]]
+    model.eval()
+    together = model(torch.tensor([rows[0], rows[1] + 2 * [expected]])).logits
+    assert torch.allclose(together, torch.cat([model(torch.tensor([row])).logits for row in rows]), atol=1e-5)
 
 
 def heads(folder: Path, seed: int) -> torch.Tensor:

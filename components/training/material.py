@@ -66,4 +66,4 @@ def _read(spec: JobSpec, group: Group) -> Material:
         )
         for name, table in parts.items()
     }
-    return Material(base, parts, tokens, int(tokenizer.pad_token_id or 0))
+    return Material(base, parts, tokens, base_model.padding(base))
