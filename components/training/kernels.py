@@ -53,6 +53,8 @@ def shape_of(config: Any) -> Shape:
         for names in (("hidden_size", "dim", "n_embd", "d_model"), INNER, ("num_attention_heads", "n_heads", "n_head"))
     ]
     hidden, inner, heads = (int(each) for each in about)
+    while hidden % heads:  # T5's may together be wider or narrower than a token
+        heads -= 1
     return Shape(hidden, inner if inner > 1 else 4 * hidden, heads)
 
 

@@ -105,6 +105,7 @@ def test_the_faster_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         ("distilbert", {"dim": 64, "hidden_dim": 96, "n_heads": 4}, Shape(64, 96, 4)),
         ("gpt2", {"n_embd": 64, "n_head": 4}, Shape(64, 256, 4)),
         ("t5", {"d_model": 64, "d_ff": 96, "num_heads": 4}, Shape(64, 96, 4)),
+        ("t5", {"d_model": 64, "d_ff": 96, "num_heads": 6, "d_kv": 16}, Shape(64, 96, 4)),
     ],
 )
 def test_shapes_are_read_in_the_words_of_each_family(family: str, sizes: dict[str, int], expected: Shape) -> None:
