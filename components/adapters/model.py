@@ -76,6 +76,7 @@ class BottleneckModel(BaseTuner):
             self._shared.begins = model.register_forward_pre_hook(partial(_begin, self._shared))
 
     def _share(self, model: nn.Module, config: BottleneckConfig, adapter_name: str) -> None:
+        self._check_depth(config)
         parts = nn.ModuleDict()
         if config.phm_layer and not config.fuse:
             parts.update(dict(shared_parts(self.model.config.hidden_size, config)))
@@ -84,7 +85,6 @@ class BottleneckModel(BaseTuner):
             self._shared.attention = self._shared.attention or model.config._attn_implementation
             prefix.install(model)
         if config.drop_range:
-            self._require_depth(config)
             self._shared.step.ranges[adapter_name] = (config.drop_range[0], config.drop_range[1])
         if len(parts):
             self._shared.bottleneck_parts[adapter_name] = placed(parts, next(model.parameters()))
@@ -147,7 +147,6 @@ class BottleneckModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> PeftConfig:
         """Name the places of this model in the config: the wrapped modules, and the layer norms that are trained."""
-        self._check_depth(peft_config)
         if peft_config.fuse:
             peft_config.target_modules = self._fused(peft_config)
         elif peft_config.target_modules is None:
@@ -180,20 +179,18 @@ class BottleneckModel(BaseTuner):
 
     def _check_depth(self, config: BottleneckConfig) -> None:
         depth = len(places.layers(self.model, self._stacks(config)))
-        wrong = sorted(index for index in config.leave_out if not 0 <= index < depth)
-        if wrong or len(set(config.leave_out)) == depth:
+        carrying = set(range(depth)) - set(config.leave_out)
+        if not carrying or not set(config.leave_out) <= set(range(depth)):
             raise ConfigError(
                 f"layers to leave out among 0 to {depth - 1}, and not all of them",
                 ", ".join(map(str, config.leave_out)),
                 "correct leave_out",
             )
 
-    def _require_depth(self, config: BottleneckConfig) -> None:
-        depth = len(places.layers(self.model, self._stacks(config)))
-        if config.drop_range and config.drop_range[1] >= depth:
-            raise ConfigError(
-                f"drop_range up to {depth - 1}", f"{config.drop_range}", "leave the last layer its adapter"
-            )
+        for name, dropped in (("drop_range", config.drop_range), ("drop_layers", [config.drop_layers])):
+            if dropped and dropped[-1] > max(carrying):
+                found = ", ".join(map(str, dropped))
+                raise ConfigError(f"{name} up to {max(carrying)}", found, "leave the last layer its adapter")
 
     def _fused(self, config: BottleneckConfig) -> list[str]:
         """The modules that carry the adapters to fuse."""

@@ -141,9 +141,13 @@ def misfits(base: Path, bottleneck: Bottleneck, max_tokens: int) -> list[str]:
             wanted.append(("reduction_factor", f"{factor:g}", f"at most the hidden size, {config.hidden_size}"))
         if layer != "default" and int(layer) >= count:
             wanted.append(("reduction_factor", f"for layer {layer}", f"some of the layers 0 to {count - 1}"))
-    left_out = set(bottleneck.leave_out)
-    if left_out and (not left_out <= set(range(count)) or len(left_out) == count):
+    carrying = set(range(count)) - set(bottleneck.leave_out)
+    if not carrying or not set(bottleneck.leave_out) <= set(range(count)):
         wanted.append(("leave_out", f"{list(bottleneck.leave_out)}", f"some of the layers 0 to {count - 1}"))
+    for name, dropped in (("drop_layers", [bottleneck.drop_layers or 0]), ("drop_range", bottleneck.drop_range)):
+        if dropped and carrying and dropped[-1] > max(carrying):
+            found = ", ".join(map(str, dropped))
+            wanted.append((name, found, f"at most {max(carrying)}: the last layer keeps its adapter"))
     problems = [f"adapter.bottleneck.{name}: {found}, {wish}" for name, found, wish in wanted]
     if max_tokens > positions(config):
         problems.append(f"training.max_tokens: {max_tokens}, at most the base's {positions(config)} positions")

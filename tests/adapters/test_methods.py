@@ -260,6 +260,8 @@ def test_other_initialisations_start_near_the_base(kind: str) -> None:
         ({"prefix_length": 3, "drop_layers": 1}, "AdapterDrop"),
         ({"drop_range": [0, 2]}, "drop_range"),
         ({"drop_range": [1, 0]}, "drop_range"),
+        ({"drop_layers": 2}, "drop_layers up to 1; found 2"),
+        ({"drop_range": [0, 1], "leave_out": [1]}, "drop_range up to 0; found 0, 1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], word: str) -> None:

@@ -244,6 +244,14 @@ def test_layers_to_leave_out_are_counted_over_all_stacks(tmp_path: Path, family:
         assert f"some of the layers 0 to {count - 1}" in problem
 
 
+@pytest.mark.parametrize("dropped", [{"drop_layers": 2}, {"drop_layers": 1}, {"drop_range": (0, 1)}])
+def test_some_layer_keeps_its_adapter(tmp_path: Path, dropped: dict[str, Any]) -> None:
+    tiny("bert").config.save_pretrained(tmp_path)
+    (problem,) = places.misfits(tmp_path, Bottleneck(leave_out=(1,), **dropped), 8)
+    assert "at most 0: the last layer keeps its adapter" in problem
+    assert places.misfits(tmp_path, Bottleneck(drop_layers=1, drop_range=(0, 1)), 8) == []
+
+
 def test_reduction_factors_by_layer_fit_layers_and_size(tmp_path: Path) -> None:
     tiny("bert").config.save_pretrained(tmp_path)
     assert places.misfits(tmp_path, Bottleneck(reduction_factor={"1": 16, "default": 2}), 8) == []
