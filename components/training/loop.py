@@ -144,11 +144,7 @@ def fit(
                     reseed(steps, seed, state.step)  # layers are dropped by all processes alike
                     loss = learn(train, rows, through)
                     if not math.isfinite(loss):
-                        raise TrainingError(
-                            "a finite loss",
-                            f"{loss} at step {state.step + 1}",
-                            "lower the learning rates, or set precision: fp32",
-                        )
+                        raise _diverged(f"{loss}", state.step + 1)
                     tokens = int(lengths[rows].sum())
                     state.batch, state.step, state.tokens = state.batch + 1, state.step + 1, state.tokens + tokens
                     state.loss += loss
@@ -159,6 +155,8 @@ def fit(
                             keep(state, False)
             through.ready_to_check()
             probabilities = predict(model, validation, padding, device, group, through)
+            if not np.isfinite(probabilities).all():
+                raise _diverged("probabilities that are no numbers", state.step)
             measured = group.from_main(
                 partial(metrics.measure, validation.labels, probabilities)
             )  # one decides for all
@@ -175,6 +173,10 @@ def fit(
                 keep(state, best)
             meter.epoch(state.step, state.epoch, epoch_metrics)
     return state
+
+
+def _diverged(found: str, step: int) -> TrainingError:
+    return TrainingError("a finite loss", f"{found} at step {step}", "lower the learning rates, or set precision: fp32")
 
 
 class Learning:

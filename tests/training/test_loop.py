@@ -54,6 +54,14 @@ def fitted(learner: Learner, parts: dict[str, Tokens], schedule: Schedule, train
     )
 
 
+def test_what_diverges_in_the_last_step_of_an_epoch_is_told(tiny_base: Path, parts: dict[str, Tokens]) -> None:
+    """No loss is computed after it."""
+    much, whole = schedule_of(rates=LearningRates(body=1e38, layer_norm=1e38, head=1e38)), len(parts["train"].ids)
+    training = PLAIN.model_copy(update={"batch_size": whole})
+    with pytest.raises(TrainingError, match="a finite loss; found probabilities that are no numbers at step 1"):
+        fitted(learner_of(tiny_base, "pfeiffer", much, whole, training), parts, much, training)
+
+
 @pytest.mark.parametrize("method", ["pfeiffer", "houlsby"])
 def test_training_leaves_every_tensor_of_the_base_untouched(
     tiny_base: Path, parts: dict[str, Tokens], method: str
