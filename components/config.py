@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from components import presets
 from components.errors import ConfigError
-from components.frozen import Frozen, Positive, Share
+from components.frozen import Frozen, Positive, Seed, Share
 from components.methods import AdapterConfig, AdapterMethod, Bottleneck, LearningRates, Lora, Method, Prefix, Schedule
 from components.presets import PRESETS, preset
 
@@ -89,7 +89,7 @@ class SplitConfig(Frozen):
     validation: float = Field(0.1, gt=0, lt=1)
     test: float = Field(0.2, gt=0, lt=1)
     near_duplicate_jaccard: float = Field(0.8, ge=0.05, le=1, description="lower ones cannot be found by hashing")
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _train_remains(self) -> SplitConfig:
@@ -142,7 +142,7 @@ class GateConfig(Frozen):
     must_beat_tfidf: bool = False
     confidence: float = Field(0.95, ge=0.5, lt=1, description="one-sided, of every comparison")
     resamples: int = Field(10_000, ge=1_000)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class ReportConfig(Frozen):
@@ -204,7 +204,7 @@ class SweepConfig(Frozen):
         (), description="peak rates of what the method adds to the base; those of layer norms and head stay"
     )
     reduction_factors: tuple[Annotated[float, Field(gt=0)], ...] = Field((), description="of methods that have one")
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Seed, ...] = ()
     groups: Positive | None = Field(
         None, description="processes that share the jobs; by default one here, and with ray one for each method"
     )
@@ -237,7 +237,7 @@ class RetrainConfig(Frozen):
     registry: RegistryConfig = RegistryConfig()
     compute: ComputeConfig = ComputeConfig()
     sweep: SweepConfig | None = Field(None, description="read by flows/sweep.py alone")
-    seed: int = 0
+    seed: Seed = 0
 
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> RetrainConfig:
@@ -296,7 +296,9 @@ def parse(content: dict[str, Any], origin: str, overrides: Mapping[str, Any] | N
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     for parent in parents:
-        content = content.setdefault(parent, {})
+        if content.get(parent) is None:  # a section that is not given, and keys are set in it none the less
+            content[parent] = {}
+        content = content[parent]
         if not isinstance(content, dict):
             raise ConfigError("a key inside a section", dotted, f"{parent!r} holds a value, not a section")
     content[last] = value

@@ -67,10 +67,4 @@ def _foreign(config: RetrainConfig, method: str) -> dict[str, Any]:
 
 def _with_seeds(config: RetrainConfig, changes: dict[str, Any], seeds: tuple[int, ...]) -> dict[int, RetrainConfig]:
     content = config.model_dump_json(exclude={"sweep"})
-    # A section that is not given is none, and keys are set in it none the less.
-    return {seed: parse(_sections(json.loads(content)), "sweep", {**changes, "seed": seed}) for seed in seeds}
-
-
-def _sections(content: dict[str, Any]) -> dict[str, Any]:
-    adapter = {key: value for key, value in content["adapter"].items() if value is not None}
-    return {**content, "adapter": adapter}
+    return {seed: parse(json.loads(content), "sweep", {**changes, "seed": seed}) for seed in seeds}

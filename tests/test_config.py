@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,9 @@ def test_unknown_key_is_named_with_the_nearest_known_one(tmp_path: Path, content
         ("model", "no spaces", "model: "),
         ("model", "../escape", "model: "),
         ("gate", 5, "gate: "),
+        ("gate", {"seed": -1}, "gate.seed: "),
+        ("seed", 2**32, "seed: "),
+        ("sweep", {"seeds": [0, -1]}, "sweep.seeds.1: "),
     ],
 )
 def test_value_out_of_range_is_named(tmp_path: Path, section: str, values: Any, said: str) -> None:
@@ -184,6 +188,13 @@ def test_the_method_alone_can_be_changed_afterwards(method: str) -> None:
     changed = config.settle(plain, None, {"adapter.method": method})
     assert changed.adapter.method == method
     assert changed.adapter.settings == settings_of(method)
+
+
+@pytest.mark.parametrize("key", ["sweep.learning_rates", "adapter.bottleneck.leave_out"])
+def test_a_section_that_was_not_given_can_be_set_afterwards(key: str) -> None:
+    """As the deployments' own overrides do with a configuration."""
+    changed = config.settle(RetrainConfig.model_validate(LEAST), None, {key: "[1]"})
+    assert attrgetter(key)(changed) == (1,)
 
 
 def test_whole_number_labels_are_names() -> None:
