@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,7 @@ def follow(
         with get_client(sync_client=True) as client:
             run = _running(client, spec, compute) or _start(client, spec, there, mlflow_run, compute)
             _attend(client, spec, run, there, report)
+    shutil.rmtree(out / bundle.CHECKPOINT, ignore_errors=True)  # of this job, interrupted when it ran here
     storage.download_folder(there, out, last=bundle.MANIFEST)
 
 

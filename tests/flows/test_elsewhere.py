@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -18,6 +19,7 @@ from prefect.states import Running
 from components import base_model, storage
 from components.config import BaseConfig
 from components.errors import ComputeError, JobCancelled, JobKilled, ModelBusy
+from components.registry import bundle
 from components.training.spec import DataRef, JobSpec, Limits, code_version
 from flows import elsewhere, jobs, pulse, turns
 from flows.train import train
@@ -130,6 +132,16 @@ def test_nothing_starts_once_the_flow_is_interrupted(
     called: list[bool] = []
     with jobs.ended_with_flow(lambda: called.append(True)):
         assert called == [True]
+
+
+def test_a_checkpoint_of_the_job_from_when_it_ran_here_gives_way_to_its_bundle(
+    settings: Settings, spec: JobSpec, tmp_path: Path
+) -> None:
+    out = tmp_path / spec.digest[:16]
+    (out / bundle.CHECKPOINT).mkdir(parents=True)
+    storage.write(f"{STORE}/jobs/{out.name}/{bundle.MANIFEST}", b"{}")
+    elsewhere.follow(spec, out, STORE, "", settings("elsewhere").compute, lambda event: None)
+    assert bundle.is_complete(out)
 
 
 def test_one_run_a_model(client: SyncPrefectClient) -> None:
