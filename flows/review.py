@@ -44,7 +44,7 @@ def history(records: Sequence[Record], by_hand: Record | None) -> str:
         # Of what nobody has recorded yet it is known that it happened, not when.
         when = "not recorded yet" if record is by_hand else record.when.replace("T", " ").removesuffix("+00:00")
         table.add_row(number, when, *versions, record.action, record.who, record.why, record.verdict or "–")
-    out = Console(file=io.StringIO(), width=screen.WIDTH, color_system=None)
+    out = Console(file=io.StringIO(), width=screen.WIDTH, color_system=None, markup=False, emoji=False, highlight=False)
     out.print(table)
     text: str = out.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.splitlines())
