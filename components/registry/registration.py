@@ -21,6 +21,7 @@ from components.registry.tracking import Tracking, calls, load_mlflow
 from components.registry.versions import (
     CANDIDATE,
     CODE,
+    GATE_REPORT,
     RUN_DIGEST,
     Version,
     artifact_uri,
@@ -37,6 +38,8 @@ TOLERANCE = 1e-5
 # for so many rows from all over the test part. A wrong base, adapter, head, tokenizer or cut shows in any of them, and
 # to score thousands again would cost more than all else that a registration does.
 ROWS = 256
+# Characters of a version's description that MLflow's databases hold.
+DESCRIPTION = 5000
 
 log = logging.getLogger("adapterline")
 
@@ -81,7 +84,7 @@ def register(
             model.model_uri,
             run_id=run_id,
             tags={"state": "unproven", **tags},
-            description=about,
+            description=_fitting(about),
             model_id=model.model_id,
         )
     version = Version(name, str(made.version), "", 0, tags)
@@ -97,6 +100,14 @@ def register(
         _take_back(tracking, version, earlier)
         raise
     return Version(name, version.number, uri, size, {**tags, "state": "proven"}, said)
+
+
+def _fitting(about: str) -> str:
+    """As many of its lines as MLflow holds, and where the rest is."""
+    if len(about) <= DESCRIPTION:
+        return about
+    rest = f"\n\nThe rest is in {GATE_REPORT} of the run that the tag gate_run names."
+    return about[: DESCRIPTION - len(rest)].rpartition("\n")[0] + rest
 
 
 def _make_candidate(tracking: Tracking, version: Version) -> None:
