@@ -74,7 +74,7 @@ def table_digest(table: Dataset) -> str:
 def split(cleaned: Cleaned, config: SplitConfig, frozen: Dataset | None = None) -> Split:
     """Part the rows. frozen: `row`, `text`, [`text_pair`] of all rows that earlier data sets held out for testing.
 
-    Raises DataError when a part would lack a class.
+    Raises DataError when a part would lack a class, or the frozen rows have other columns.
     """
     from datasets import concatenate_datasets
 
@@ -82,6 +82,8 @@ def split(cleaned: Cleaned, config: SplitConfig, frozen: Dataset | None = None) 
     ids = ids_of(rows)
     earlier = np.sort(ids_of(frozen)) if frozen is not None else np.zeros(0, dtype=np.uint64)
     held_out = rows.data.schema.remove(rows.column_names.index("label"))
+    if frozen is not None:
+        _require_same_columns(held_out.names, frozen.column_names)
     ghosts = chosen(frozen, ~np.isin(ids_of(frozen), ids), held_out) if frozen is not None else None
     haunting = [ghosts] if ghosts is not None else []
     cluster = clusters(chain.from_iterable(map(_texts, [rows, *haunting])), config.near_duplicate_jaccard)
@@ -161,6 +163,13 @@ def _texts(table: Dataset) -> Iterator[str]:
     for batch in batches(table, names):
         texts = (batch[name].to_pylist() for name in names)
         yield from map(" ".join, zip(*texts, strict=True))
+
+
+def _require_same_columns(found: Sequence[str], earlier: Sequence[str]) -> None:
+    """Else nobody could tell whether a row was held out before."""
+    if set(found) != set(earlier):
+        wanted, have = (" and ".join(sorted({*names} - {"row"})) for names in (earlier, found))
+        raise DataError(f"rows with {wanted}, as this model's earlier data had", have, "give them to a new model name")
 
 
 def _require_every_class(parts: dict[str, Dataset], labels: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,21 @@ def test_near_duplicate_pairs_of_texts_are_not_parted() -> None:
     result = split(rows.clean(Dataset.from_dict(columns), ("bad", "good")), CONFIG)
     texts = [set(table["text"]) for table in result.parts.values()]
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+
+
+@pytest.mark.parametrize(
+    ("names", "earlier", "line"),
+    [
+        (["text", "text_pair", "label"], ["row", "text"], "rows with text, .*; found text and text_pair;"),
+        (["text", "label"], ["row", "text", "text_pair"], "rows with text and text_pair, .*; found text;"),
+    ],
+)
+def test_rows_that_gained_or_lost_a_second_text_are_refused(names: list[str], earlier: list[str], line: str) -> None:
+    texts, labels = map(list, zip(*toy_rows(100), strict=True))
+    table = Dataset.from_dict({name: labels if name == "label" else texts for name in names})
+    frozen = Dataset.from_dict({name: ["0" * 16] for name in earlier})
+    error = refusal(lambda: split(rows.clean(table, ("bad", "good")), CONFIG, frozen))
+    assert re.search(line, str(error))
 
 
 @pytest.mark.parametrize("seed", range(3))
