@@ -50,6 +50,7 @@ def sweep(
             steps.validate(config, rows, run)
             split = steps.split(config, rows, run)
             jobs = sweeping.jobs_of(plan, split, tried)
+            sweeping.hold(jobs, run)
             failures = groups.train_all(config, tried, jobs)
             choice = sweeping.choose(config, plan, tried, jobs, failures, run)
             sweeping.show(choice)

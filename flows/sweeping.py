@@ -18,7 +18,7 @@ from components.data.ledger import Record
 from components.errors import ConfigError
 from components.evaluation import choice as choices
 from components.evaluation.choice import SHOWN, Choice, Tried
-from components.registry import bundle, claim, tracking
+from components.registry import bundle, claim, references, tracking
 from components.training.spec import JobSpec
 from components.variants import Variant
 from flows import groups, steps, training
@@ -28,6 +28,8 @@ from flows.values import Plan, Rows, Run
 DIGEST = "sweep_digest"
 CHOICE = "sweep/choice.json"
 WIDTH = 112
+# Digests that one tag lists: MLflow holds 8,000 characters of it.
+AT_ONCE = 400
 
 log = logging.getLogger("adapterline")
 
@@ -60,6 +62,14 @@ def jobs_of(plan: Plan, split: Record, tried: Sequence[Variant]) -> Jobs:
         }
         for variant in tried
     }  # fmt: skip
+
+
+def hold(jobs: Jobs, run: Run) -> None:
+    """Have the run name its jobs, so that none is removed before all are trained."""
+    names = [spec.digest[:16] for specs in jobs.values() for spec in specs.values()]
+    starts = range(0, len(names), AT_ONCE)
+    tags = {f"{references.JOBS}{start}": " ".join(names[start : start + AT_ONCE]) for start in starts}
+    tracking.record(run.tracking, run.id, tags=tags)
 
 
 @task(**steps.RETRIED, name="up to date?")

@@ -7,6 +7,7 @@ STORE/splits/DIGEST/train.parquet …    the split itself, so that any version c
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -26,6 +27,8 @@ from components.errors import DataError, LedgerMoved
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+NAME = r"\d{6}\.json"  # of a record; beside them there may be data of a user's
 
 
 class Record(Frozen):
@@ -53,15 +56,13 @@ def records(store: str, model: str) -> list[Record]:
 
     Raises StorageError when the store cannot be reached, DataError when a record is damaged.
     """
-    folder = _folder(store, model)
-    return [_record(storage.join(folder, name)) for name in storage.names(folder)]
+    return [_record(uri) for uri in _uris(store, model)]
 
 
 def newest(store: str, model: str) -> Record | None:
     """The last accepted data set of a model, without reading the others."""
-    folder = _folder(store, model)
-    found = storage.names(folder)
-    return _record(storage.join(folder, found[-1])) if found else None
+    found = _uris(store, model)
+    return _record(found[-1]) if found else None
 
 
 def accepted(store: str, model: str, split_digest: str) -> Record:
@@ -181,6 +182,12 @@ def _ids_and_codes(uri: str, parts: Iterable[str]) -> tuple[npt.NDArray[np.uint6
                     ids.append(numbers(batch["row"].to_pylist()))
                     codes.append(batch["label"].to_numpy())
     return np.concatenate(ids), np.concatenate(codes)
+
+
+def _uris(store: str, model: str) -> list[str]:
+    """Where the records of a model lie, oldest first."""
+    folder = _folder(store, model)
+    return [storage.join(folder, name) for name in storage.names(folder) if re.fullmatch(NAME, name)]
 
 
 def _record(uri: str) -> Record:

@@ -18,8 +18,10 @@ from components.data import ledger, vader
 from components.registry import history
 from components.registry.tracking import PARENT, calls, load_mlflow, pages
 
-RECORD = re.compile(r"^([^/]+)/\d{6}\.json$")
+RECORD = re.compile(rf"^([^/]+)/{ledger.NAME}$")
 RUN_ID, MODEL_ID = re.compile(r"\b[0-9a-f]{32}\b"), re.compile(r"\bm-[0-9a-f]{32}\b")
+# Begins the tags of a sweep's run that list its jobs, DIGEST[:16] each: their own runs begin when all are trained.
+JOBS = "jobs_"
 ALIVE = ("RUNNING", "SCHEDULED")
 # A retrain has two jobs, one after the other at worst, of which each is tried three times; and a day for the rest.
 # A run that says for longer that it is running was killed.
@@ -210,6 +212,7 @@ def _of_runs(registry: Registry, now: float) -> set[str]:
         if (run if parent is None else parent).lives(now):
             named = {"job": "job_digest", "report": "run_digest"}
             keys |= {f"{kind}:{run.tags[tag][:16]}" for kind, tag in named.items() if tag in run.tags}
+            keys |= {f"job:{job}" for tag in run.tags if tag.startswith(JOBS) for job in run.tags[tag].split()}
             keys |= {f"rows:{run.tags['data_digest']}"} if "data_digest" in run.tags else set()
             keys |= {f"logged model:{model}" for model, source in registry.models.items() if source == run.id}
     return keys

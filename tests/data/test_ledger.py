@@ -147,6 +147,14 @@ def test_split_that_is_gone_is_refused(store: str, tmp_path: Path) -> None:
     refusal(lambda: ledger.load_parts(f"{store}/splits/gone", "0" * 64, tmp_path), StorageError)
 
 
+def test_rows_of_a_users_beside_the_records_are_none(store: str, first: Split) -> None:
+    for name in ("rows.csv", "000000.csv", "2026/000002.json"):
+        storage.write(f"{store}/data/model/{name}", b"text,label")
+    assert ledger.newest(store, "model") is None
+    record = accept(store, first)
+    assert ledger.records(store, "model") == [ledger.newest(store, "model")] == [record]
+
+
 def test_damaged_record_is_refused(store: str, first: Split) -> None:
     accept(store, first)
     Path(store, "data", "model", "000001.json").write_text('{"data_digest": 1}')

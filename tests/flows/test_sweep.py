@@ -97,6 +97,7 @@ class TestASweep:
         runs = children(parent)
         assert len(runs) == 8
         assert parent.info.status == "FINISHED"
+        assert set(parent.data.tags["jobs_0"].split()) == {run.data.tags["job_digest"][:16] for run in runs}
         for run in (parent, *runs):
             assert "best_validation_accuracy" in run.data.metrics
             assert not [name for name in run.data.metrics if name.startswith("test")]

@@ -6,15 +6,18 @@ import fcntl
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from components.config import RegistryConfig
 from components.errors import HistoryError
 from components.methods import Member
 from components.registry import garbage, inventory, references
 from components.registry.references import Registry, Run, Version
-from components.registry.tracking import PARENT
+from components.registry.tracking import PARENT, connect, finish, start
+from flows import sweeping
 from tests.registry import populations as made
 from tests.registry.populations import GRACE, NOW, OLD, sha
 
@@ -205,6 +208,22 @@ def test_a_run_that_was_killed_does_not_hold_its_jobs_for_ever(tmp_path: Path) -
 
     assert left_over(tmp_path, registry(runs=runs(NOW - 29 * HOUR))) == set()
     assert left_over(tmp_path, registry(runs=runs(NOW - 31 * HOUR))) == {f"work/jobs/{made.job_name('a')}"}
+
+
+def test_a_sweep_holds_all_its_jobs_until_it_ends(tmp_path: Path) -> None:
+    """In MLflow as a sweep leaves them there; more than one tag can list."""
+    there = connect(RegistryConfig(store=str(tmp_path), tracking_uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    specs = {seed: SimpleNamespace(digest=sha(str(seed))) for seed in range(1000)}
+    run = start(there, "sweep", {})
+    sweeping.hold({"variant": specs}, SimpleNamespace(tracking=there, id=run))  # type: ignore[dict-item, arg-type]
+
+    def held() -> int:
+        roots = references.roots(references.ask(there.uri), [], [], NOW)
+        return len({f"job:{spec.digest[:16]}" for spec in specs.values()} & roots)
+
+    assert held() == 1000
+    finish(there, run)
+    assert held() == 0
 
 
 @pytest.mark.parametrize("area", ["work", "cache"])
