@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +61,7 @@ def gather(tracking: Tracking, version: Version) -> Evidence:
             return Evidence(version, champion, report, remeasured=False)
         rule = gate.nothing_in_production(policy)
         if champion is not None:
-            rule = _compared(tracking, version, folder, manifest.labels, split, champion, policy)
+            rule = _compared(tracking, version, folder, manifest, split, champion, policy)
     rules = tuple(rule if each.rule.startswith(gate.CHAMPION_RULE) else each for each in report.rules)
     report = replace(report, verdict=gate.overall(rules), rules=rules)
     report.raise_unless_passed()
@@ -111,25 +111,34 @@ def _compared(
     tracking: Tracking,
     version: Version,
     folder: Path,
-    labels: tuple[str, ...],
+    manifest: bundle.Manifest,
     ours: Split,
     champion: Version,
     policy: GateConfig,
 ) -> gate.RuleVerdict:
     """The rule on the champion, on every row that either held out for testing and neither has learned from."""
-    with _split(champion) as theirs, whole(tracking, champion) as (kept, manifest):
-        table, names = held_out(*ours, *theirs)
+    with _split(champion) as theirs, whole(tracking, champion) as (kept, of_kept):
+        stood_on = [members.fetch(each)[1] for each in (*manifest.members, *of_kept.members)]
+        to_members = [ledger.learned_rows(each.data_uri) for each in stood_on]
+        table, names = held_out(*ours, *theirs, *to_members)
         truth = np.asarray(table["label"], dtype=np.int64)
-        adapter = _probabilities(tracking, version, folder, labels, table, names)
-        other = _probabilities(tracking, champion, kept, manifest.labels, table, names)
+        adapter = _probabilities(tracking, version, folder, manifest.labels, table, names)
+        other = _probabilities(tracking, champion, kept, of_kept.labels, table, names)
     right, theirs_right = gate.correct(adapter, truth), gate.correct(other, truth)
     return gate.against_champion(champion.number, right, theirs_right, policy, np.random.default_rng(policy.seed))
 
 
 def held_out(
-    ours: dict[str, Dataset], labels: tuple[str, ...], theirs: dict[str, Dataset], their_labels: tuple[str, ...]
+    ours: dict[str, Dataset],
+    labels: tuple[str, ...],
+    theirs: dict[str, Dataset],
+    their_labels: tuple[str, ...],
+    *to_members: Set[str],
 ) -> tuple[Dataset, tuple[str, ...]]:
-    """The union of two test parts without what either of both has learned from, and the labels of both."""
+    """The union of two test parts without what either of both has learned from, and the labels of both.
+
+    to_members: ids of rows that members of a fusion have learned from.
+    """
     from datasets import concatenate_datasets
 
     names = labels + tuple(label for label in their_labels if label not in labels)
@@ -138,7 +147,8 @@ def held_out(
     tables = []
     for parts, known in ((ours, labels), (theirs, their_labels)):
         test = parts["test"]
-        new = [index for index, row in enumerate(test["row"]) if row not in taken]
+        rows = list(enumerate(test["row"]))
+        new = [index for index, row in rows if row not in taken and not any(row in each for each in to_members)]
         taken |= {test["row"][index] for index in new}
         codes = np.array([names.index(known[code]) for code in np.asarray(test["label"])[new]], dtype=np.int64)
         tables.append(test.select(new).remove_columns("label").add_column("label", codes))

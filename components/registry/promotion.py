@@ -166,7 +166,9 @@ def _change(
             tracking.keep(registry.promotions, run, {"evidence.json": json.dumps(report, indent=2)})
         record = record.model_copy(update={"run": run})
         if not history.append(registry.store, record):
-            raise _moved(history.records(registry.store, version.name)[record.sequence - 1])
+            first = history.records(registry.store, version.name)[record.sequence - 1]
+            if first != record:  # else the answer of S3 was lost, and its client wrote again
+                raise _moved(first)
     except BaseException as error:
         tracking.keep_failure(registry.promotions, run, str(error))
         raise

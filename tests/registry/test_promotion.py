@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from components import storage
-from components.errors import BundleError, GateFailed, HistoryError, ProductionMoved, RegistryError
+from components.errors import BundleError, GateFailed, GateInconclusive, HistoryError, ProductionMoved, RegistryError
 from components.methods import Member
 from components.registry import bundle, history, promotion, tracking, versions
 from components.registry.history import Record
@@ -167,6 +168,22 @@ class TestEvidence:
         with pytest.raises(BundleError, match="member m/1"):
             examined(shelved, version)
 
+    def test_what_a_member_of_a_fusion_has_learned_from_speaks_for_nobody(
+        self, shelved: Shelf, model: str, champion: Version, tmp_path: Path
+    ) -> None:
+        known = Path(shutil.copytree(shelved.data.uri, tmp_path / "split"))
+        shutil.copy(known / "test.parquet", known / "train.parquet")
+        of_member = Path(shutil.copytree(folder_of(champion), tmp_path / "member"))
+        sealed = seal(of_member, data_uri=str(known))
+        member = Member(name="m", version="1", uri=str(of_member), digest=sealed)
+        version = shelved.version(model)
+        digest = seal(folder_of(version), members=[member.model_dump()])
+        versions.tag(shelved.registry.versions, version, {"bundle_digest": digest})
+        labels = bundle.read_predictions(folder_of(version)).labels
+        shelved.report(version.tags["gate_run"], digest, torch.eye(2).numpy()[labels], labels, None)
+        with pytest.raises(GateInconclusive, match="vs champion"):
+            examined(shelved, version)
+
     def test_a_champion_that_came_after_the_gate_is_compared_now(self, shelved: Shelf, model: str) -> None:
         worse = shelved.version(model, accuracy=0.8)  # judged when nothing was in production
         with pytest.raises(GateFailed, match=r"vs champion \(version 1\): -20\.0 points"):
@@ -186,6 +203,15 @@ class TestMoved:
         with pytest.raises(ProductionMoved, match=r"version 1 since .* by ada"):
             promotion.promote(shelved.registry, second, EVE)
         assert (shelved.production(model), len(records(shelved, model))) == ("1", 1)
+
+    def test_nobody_loses_against_a_record_of_their_own(
+        self, shelved: Shelf, model: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """S3 kept it and its answer was lost: the client writes again, and it is there."""
+        append = history.append
+        monkeypatch.setattr(history, "append", lambda *record: append(*record) and append(*record))
+        assert promoted(shelved, shelved.version(model)) == records(shelved, model)[0]
+        assert shelved.production(model) == "1"
 
     @pytest.mark.fault("six promotions racing", "one wins, the others say who was first")
     def test_of_many_at_once_one_wins(self, shelved: Shelf, model: str) -> None:
