@@ -23,6 +23,7 @@ from prefect.input import RunInput
 from components.config import RegistryConfig
 from components.errors import AdapterlineError
 from components.registry import promotion, versions
+from components.registry.history import Record
 from components.registry.promotion import Approval
 from flows import events, review
 from flows.steps import key
@@ -102,8 +103,10 @@ def _answer(there: promotion.Registry, version: versions.Version) -> str:
     """Promote a version that a reviewer approved by a tag, and put the outcome in its place."""
     name = version.tags["approve"].strip()
     try:
-        case = promotion.examine(there, version.name, version.number)
-        record = promotion.promote(there, case, Approval(name, version.tags.get("comment", "approved in MLflow")))
+        record = _cut_off(there, version, name)
+        if record is None:
+            case = promotion.examine(there, version.name, version.number)
+            record = promotion.promote(there, case, Approval(name, version.tags.get("comment", "approved in MLflow")))
     except AdapterlineError as error:
         if error.retry_can_help:
             raise
@@ -113,6 +116,13 @@ def _answer(there: promotion.Registry, version: versions.Version) -> str:
     versions.tag(there.versions, version, {"approve": None, "approved": f"{name} {record.when}", "refused": None})
     events.moved(record)
     return review.moved(record)
+
+
+def _cut_off(there: promotion.Registry, version: versions.Version, name: str) -> Record | None:
+    """The promotion that this approval brought about before, when nobody came to set the tags."""
+    last = next(reversed(promotion.settle(there, version.name)), None)
+    wanted = ("promote", version.number, name)
+    return last if last and (last.action, last.after, last.who) == wanted else None
 
 
 if __name__ == "__main__":

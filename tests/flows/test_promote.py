@@ -162,6 +162,19 @@ class TestTags:
         assert "vs champion (version 2)" in refused["refused"]
         assert not {"approve"} & {*approved, *refused}
 
+    @pytest.mark.parametrize("who", ["eve", "ada"])
+    def test_an_approval_that_was_cut_off_before_its_tags_gets_them(self, shelved: Shelf, model: str, who: str) -> None:
+        """Of the same reviewer only: for another it is in production already."""
+        there = shelved.registry.versions
+        case = promotion.examine(shelved.registry, model, "2")
+        promotion.promote(shelved.registry, case, Approval("eve", "as agreed"))
+        versions.tag(there, case.version, {"approve": who})
+
+        approvals()
+        found = {"approve", "approved", "refused"} & versions.find(there, f"{model}/2").tags.keys()
+        assert found == {"approved" if who == "eve" else "refused"}
+        assert len(records(shelved, model)) == 2
+
     def test_a_change_by_hand_is_recorded(self, shelved: Shelf, model: str) -> None:
         shelved.by_hand(model, "2")
         approvals()
