@@ -35,6 +35,7 @@ log = logging.getLogger("adapterline")
 
 # So many runs for the same rows may be cut off; then a person has to look why.
 ATTEMPTS = 3
+PAGE = 200  # the most runs that Prefect tells of at once
 
 
 @flow(name="retrain", persist_result=False, flow_run_name="look for new data")
@@ -134,8 +135,11 @@ def _runs_for(tag: str) -> list[FlowRun]:
     """Oldest first."""
     from prefect.client.schemas.filters import FlowRunFilter
 
+    found: list[FlowRun] = []
+    wanted = FlowRunFilter.model_validate({"tags": {"all_": [tag]}})
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate({"tags": {"all_": [tag]}}))
+        while page := client.read_flow_runs(flow_run_filter=wanted, limit=PAGE, offset=len(found)):
+            found += page
     return sorted(found, key=lambda run: str(run.created))
 
 

@@ -141,7 +141,11 @@ def test_a_run_that_the_deployment_turned_away_is_started_again(config: RetrainC
     assert len(started.runs) == 2
 
 
-def test_a_run_that_found_the_model_busy_is_started_again(config: RetrainConfig, started: Started) -> None:
+def test_a_run_that_found_the_model_busy_is_started_again(
+    config: RetrainConfig, started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often: Prefect tells of so many runs at once, and no more."""
+    monkeypatch.setattr(sensor, "PAGE", 2)
     look(config)
     for _ in range(4):
         started.end(failed(ModelBusy), begun=True)
