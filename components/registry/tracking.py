@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from urllib.parse import urlsplit
 
 from components import storage
 from components.config import RegistryConfig
 from components.errors import RegistryError, RegistryUnavailable
+from components.serving.score import REFUSALS
 
 RUN_VARIABLE = "ADAPTERLINE_MLFLOW_RUN"
 # The scheme of artifacts that go through a server, which alone knows where they lie.
@@ -32,16 +34,6 @@ TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 PARENT = "mlflow.parentRunId"
 # The text on top of a run's page.
 NOTE = "mlflow.note.content"
-
-# Answers that a second try will not change.
-REFUSALS = (
-    "BAD_REQUEST",
-    "INVALID_PARAMETER_VALUE",
-    "PERMISSION_DENIED",
-    "RESOURCE_ALREADY_EXISTS",
-    "RESOURCE_DOES_NOT_EXIST",
-    "UNAUTHENTICATED",
-)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,7 +52,9 @@ class Tracking:
     def page(self, run_id: str, artifact: str) -> str:
         """Where a person finds an artifact: a page of the MLflow server, or the artifact's URI without one."""
         if self.uri.startswith("http"):
-            return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{run_id}/artifacts/{artifact}"
+            server = urlsplit(self.uri.rstrip("/"))
+            place = server._replace(netloc=server.netloc.rpartition("@")[2]).geturl()  # never show a password
+            return f"{place}/#/experiments/{self.experiment_id}/runs/{run_id}/artifacts/{artifact}"
         return storage.join(str(self.client.get_run(run_id).info.artifact_uri), artifact)
 
 

@@ -20,6 +20,15 @@ from typing import Any
 PREFIX = "probability_"
 # The exit code where a server did not answer: later it may. Any other failure is 1.
 AWAY = 75
+# Answers of MLflow that a second try will not change.
+REFUSALS = (
+    "BAD_REQUEST",
+    "INVALID_PARAMETER_VALUE",
+    "PERMISSION_DENIED",
+    "RESOURCE_ALREADY_EXISTS",
+    "RESOURCE_DOES_NOT_EXIST",
+    "UNAUTHENTICATED",
+)
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -48,10 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001  # the version's errors say all in a line; others may quote a text
         if hasattr(error, "todo"):
             return _refuse(str(error))
-        if type(error).__module__.startswith("mlflow"):
+        if getattr(error, "error_code", None) in REFUSALS:
             found = str(error).splitlines()[0]
             return _refuse(f"expected a registered version {options.version}; found: {found} Check name and alias")
-        found = type(error).__name__
+        found = type(error).__name__  # not its words: they may hold the server's address, and a password in it
         line = f"expected {options.version} to predict; found {found}; see the MLflow server's log"
         return _refuse(line, AWAY if _is_away(error) else 1)
     return 0
@@ -98,10 +107,11 @@ def _score(model: Any, rows: Path, out: Path) -> None:
 
 
 def _is_away(error: Exception) -> bool:
-    """Is it the store that cannot be reached?"""
+    """Is it MLflow or its store that cannot be reached?"""
     from botocore import exceptions
 
-    return isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError)
+    unreached = isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError)
+    return unreached or type(error).__module__.startswith("mlflow")
 
 
 def _refuse(line: str, code: int = 1) -> int:

@@ -21,3 +21,9 @@ def test_a_run_is_refused_whose_artifacts_go_through_a_server_that_is_down(tmp_p
         tracking.start(there, "run", {})
     assert not told.value.retry_can_help
     assert there.client.search_runs([there.experiment_id]) == []
+
+
+@pytest.mark.parametrize("server", ["https://ml.example:5000", "https://ml.example:5000/mlflow/"])
+def test_the_page_of_an_artifact_shows_no_password(server: str) -> None:
+    place = tracking.Tracking(None, server.replace("//", "//ada:s3cret@"), "1").page("abc", "data/report.html")
+    assert place == f"{server.rstrip('/')}/#/experiments/1/runs/abc/artifacts/data/report.html"
