@@ -42,7 +42,7 @@ class Classifier:
         from components.training.loop import predict
 
         tokens = tokenise(rows, self._tokenizer, self.manifest.max_tokens)
-        return predict(self._model, tokens, int(self._tokenizer.pad_token_id or 0), torch.device(self._device))
+        return predict(self._model, tokens, self._model.config.pad_token_id, torch.device(self._device))
 
 
 def load(folder: Path, device: str = "cpu") -> Classifier:

@@ -23,7 +23,7 @@ from components.serving.classifier import table
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from components.base_model import BaseModel
+    from components.base_model import BaseModel, BasePin
 
 TOKENS = 8_192  # of a batch, padding included: what bounds the memory of a pass
 
@@ -90,7 +90,7 @@ class Fleet:
         tokens = tokenise(rows, self._tokenizer, limit)
         with torch.inference_mode():
             for batch in unpadded(self._model, bounded_batches(tokens.lengths, most), tokens.lengths):
-                padding = int(self._tokenizer.pad_token_id or 0)
+                padding = self._model.config.pad_token_id
                 yield batch, collate(tokens, batch, padding, torch.device(self._device))
 
     def _inner(self, name: str) -> str:
@@ -143,7 +143,8 @@ def shares(folder: Path, manifest: bundle.Manifest) -> bool:
 def groups(folders: Mapping[str, Path], manifests: Mapping[str, bundle.Manifest]) -> list[dict[str, Path]]:
     """Of these bundles those that can be fleets of two or more; what is in none is to be served alone.
 
-    On a base whose layer norms some of them train, those that stand behind the norms are a fleet of their own.
+    On a base whose layer norms some of them train, those that stand behind the norms are a fleet of their own. On one
+    with an encoder and a decoder each is alone.
     """
     from components.adapters import methods
 
@@ -158,7 +159,16 @@ def groups(folders: Mapping[str, Path], manifests: Mapping[str, bundle.Manifest]
     for name in configs:
         if name not in training & behind:
             found.setdefault((bases[name], bases[name] in moved and name in behind), {})[name] = folders[name]
-    return [group for group in found.values() if len(group) > 1]
+    several = [group for group in found.values() if len(group) > 1]
+    return [group for group in several if not _has_decoder(manifests[next(iter(group))].base)]
+
+
+def _has_decoder(pin: BasePin) -> bool:
+    """Beside an encoder."""
+    from transformers import AutoConfig
+
+    place = base_model.find_pinned(pin).path
+    return bool(AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True).is_encoder_decoder)
 
 
 def _model(base: BaseModel, manifests: Mapping[str, bundle.Manifest], folders: Mapping[str, Path]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from components.serving.fleet import Fleet
 
 SCHEME = "models:/"
+NUMBERED = re.compile(r"[^./][^/]*/\d+")  # NAME/3
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class Models:
 
 def is_registered(reference: str) -> bool:
     """A version of a registered model, not a folder."""
-    return reference.startswith(SCHEME) or ("@" in reference and not Path(reference).exists())
+    named = "@" in reference or NUMBERED.fullmatch(reference)
+    return reference.startswith(SCHEME) or (bool(named) and not Path(reference).exists())
 
 
 def loaded(references: Sequence[str], device: str = "cpu") -> Models:
-    """models:/NAME@ALIAS, NAME@ALIAS, models:/NAME/3, or folders of bundles; a registered one must be proven, and is
+    """NAME@ALIAS, NAME/3, both also after models:/, or folders of bundles; a registered one must be proven, and is
     compared with what was registered byte for byte.
 
     Raises RegistryError, BundleError or BaseModelError when one is not there or not right, ConfigError when two have

@@ -69,10 +69,10 @@ def score(config: ScoreConfig, models: Models, report: Callable[[Progress], None
     begin, done = time.monotonic(), Progress(0, 0, 0)
     with _local(config.source) as source, writing(config.out) as answers:
         total = estimated(source)
-        for window in windows(table for _, table in files.read(source, wanted)):
-            texts = {"text": _texts(window, config.text)}
+        for window in windows(_alike(source, wanted)):
+            texts = {"text": window[config.text]}
             if config.text_pair:
-                texts["text_pair"] = _texts(window, config.text_pair)
+                texts["text_pair"] = window[config.text_pair]
             blank = reduce(pc.or_, map(_blank, texts.values()))
             filled = pa.table({name: column.fill_null("") for name, column in texts.items()})
             found = models.answers(Dataset(filled))
@@ -108,16 +108,61 @@ def _cut(table: pa.Table) -> Iterator[pa.Table]:
         yield table.slice(start, size)
 
 
-def _texts(window: pa.Table, name: str) -> Any:
-    """A column of texts. Raises DataError when it holds something else."""
+def _alike(source: str, wanted: Columns) -> Iterator[pa.Table]:
+    """The rows of all files, in columns of one type each: texts are strings, ids what they are in the first file that
+    has any. Raises DataError where a column cannot be.
+    """
     import pyarrow as pa
 
-    kind = window.schema.field(name).type
-    if pa.types.is_null(kind) or (pa.types.is_dictionary(kind) and pa.types.is_string(kind.value_type)):
-        return window[name].cast(pa.string())
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError(f"texts in column {name}", f"{kind}", "name another column, or write it as text")
-    return window[name]
+    kind = _type_of_ids(source, wanted) if wanted.id and files.is_folder(source) else None
+    for file, table in files.read(source, wanted):
+        alike = {name: _texts(table[name], name, file) for name in (wanted.text, wanted.text_pair) if name}
+        if wanted.id:
+            ids = table[wanted.id]
+            alike[wanted.id] = ids if kind is None else _ids(ids, kind, wanted.id, file)
+        yield pa.table(alike)
+
+
+def _type_of_ids(source: str, wanted: Columns) -> pa.DataType:
+    """Strings may be laid out otherwise in each file, and are plain ones here."""
+    import pyarrow as pa
+
+    kinds = (table.schema.field(wanted.id).type for _, table in files.read(source, wanted))
+    kind = next((kind for kind in kinds if not pa.types.is_null(kind)), pa.null())
+    return pa.string() if _is_text(kind) else kind
+
+
+def _texts(column: pa.ChunkedArray, name: str, file: str) -> pa.ChunkedArray:
+    import pyarrow as pa
+
+    if not (pa.types.is_null(column.type) or _is_text(column.type)):
+        found = f"{column.type} in {file}"
+        raise DataError(f"texts in column {name}", found, "name another column, or write it as text")
+    return column.cast(pa.string())
+
+
+def _ids(column: pa.ChunkedArray, kind: pa.DataType, name: str, file: str) -> pa.ChunkedArray:
+    import pyarrow as pa
+
+    found = column.type
+    same = found == kind or pa.types.is_null(found) or (_is_text(found) and _is_text(kind))
+    try:
+        if same or (pa.types.is_integer(found) and pa.types.is_integer(kind)):
+            return column.cast(kind)
+    except pa.ArrowInvalid:  # an integer that is too large
+        pass
+    expected = f"one type of column {name} in all files"
+    raise DataError(expected, f"{found} in {file}, {kind} before it", "write it alike in all, e.g. as text")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Strings, however they are laid out."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    layouts = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    return any(is_layout(kind) for is_layout in layouts)
 
 
 def _blank(texts: Any) -> Any:

@@ -17,7 +17,7 @@ class ScoreConfig(Frozen):
     """Parameters of `flows/score.py`."""
 
     models: tuple[str, ...] = Field(
-        min_length=1, description="NAME@ALIAS, models:/NAME/3 or a bundle's folder; several share the layers they can"
+        min_length=1, description="NAME@ALIAS, NAME/3 or a bundle's folder; several share the layers they can"
     )
     source: str = Field(description="CSV, TSV, JSON lines or Parquet on disk or s3://, a file or a folder of them")
     out: str = Field(description="a .parquet or .csv file, on disk or s3://")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 
 from components.errors import BundleError, ConfigError, DataError
 from components.methods import settings_of
-from components.serving import classifier, fleet
+from components.serving import classifier, fleet, models
 from components.serving.classifier import table
 from components.serving.fleet import Fleet
 from components.training.batching import bounded_batches
@@ -18,7 +19,7 @@ from components.training.spec import DataRef
 from tests.conftest import make_base, toy_rows
 from tests.registry.registered import seal
 from tests.serving.conftest import Bundle, dropped
-from tests.training.toy_jobs import finished
+from tests.training.toy_jobs import finished, saved_split
 
 TEXTS = [" ".join(text.split()[: 1 + number % 10]) for number, (text, _) in enumerate(toy_rows(60, seed=3))]
 
@@ -145,6 +146,18 @@ def test_a_bundle_on_another_base_is_refused_by_name(bundle_of: Bundle, data: Da
     )
     with pytest.raises(BundleError, match=r"for other; found .*, of first"):
         fleet.load({"first": bundle_of(), "other": elsewhere})
+
+
+def test_bundles_on_an_encoder_and_a_decoder_answer_alone(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "t5", decoder_start_token_id=0, d_kv=16, eos_token_id=3)
+    first = finished(base, saved_split(tmp_path / "split", 40), "pfeiffer", tmp_path / "first", epochs=1)
+    second = shutil.copytree(first, tmp_path / "second")
+    chosen = models.loaded([str(first), str(second)])
+    assert (chosen.fleets, list(chosen.alone)) == ([], ["first", "second"])
+    found = chosen.answers(table(TEXTS[:5]))
+    assert np.array_equal(found["second"], classifier.load(first).probabilities(TEXTS[:5]))
+    with pytest.raises(ConfigError, match="found an encoder and a decoder"):
+        fleet.load({"first": first, "second": second}).answers(table(TEXTS[:5]))
 
 
 def test_a_bundle_that_lacks_a_weight_is_refused_by_name(bundle_of: Bundle, tmp_path: Path) -> None:

@@ -144,6 +144,82 @@ def test_texts_may_be_encoded_as_categories(one: Models, expected: np.ndarray, t
     assert found["probability_good"].to_numpy() == pytest.approx(expected[:, 1], abs=1e-6)
 
 
+def parts(folder: Path, *tables: dict[str, object]) -> Path:
+    """A folder of Parquet files, read in this order."""
+    for number, each in enumerate(tables):
+        pq.write_table(pa.table(each), folder / f"{number}.parquet")
+    return folder
+
+
+STRINGS = (
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.int32(), pa.large_string()),
+)
+
+
+def test_each_file_may_lay_out_strings_in_its_way(
+    one: Models, expected: np.ndarray, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cut = [slice(start, start + 60) for start in range(0, len(TEXTS), 60)]  # windows are of 64
+    columns = [{"text": pa.array(TEXTS[rows]).cast(kind)} for rows, kind in zip(cut, STRINGS, strict=True)]
+    source = parts(tmp_path_factory.mktemp("rows"), *({**each, "key": each["text"]} for each in columns))
+    for out in (tmp_path / "out.parquet", tmp_path / "out.csv"):
+        found = scored(one, source, out, id="key")
+        assert found["key"].to_pylist() == TEXTS
+        assert found["probability_good"].to_numpy() == pytest.approx(expected[:, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [*STRINGS, pa.int32()], ids=str)
+def test_ids_of_one_file_keep_their_type(kind: pa.DataType, one: Models, tmp_path: Path) -> None:
+    keys = pa.array([str(row % 99) for row in range(len(TEXTS))]).cast(kind)
+    pq.write_table(pa.table({"text": TEXTS, "key": keys}), tmp_path / "rows.parquet")
+    before = pq.read_table(tmp_path / "rows.parquet")["key"]
+    assert scored(one, tmp_path / "rows.parquet", tmp_path / "out.parquet", id="key")["key"].equals(before)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_one_of_several_files_may_have_nothing_in_a_column(
+    empty: int, one: Models, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rows = [{"text": TEXTS[:70], "second": TEXTS[:70], "key": list(range(70))} for _ in range(3)]
+    rows[empty] = {name: [None] * 70 for name in rows[empty]}
+    source = parts(tmp_path_factory.mktemp("rows"), *rows)
+    found = scored(one, source, tmp_path / "out.parquet", text_pair="second", id="key")
+    assert found["key"].to_pylist() == [key for each in rows for key in each["key"]]
+    assert [row for row, label in enumerate(found["label"].to_pylist()) if label is None] == [
+        *range(70 * empty, 70 * empty + 70)
+    ]
+
+
+def test_whole_numbers_as_ids_have_the_type_of_the_first_file(one: Models, tmp_path: Path) -> None:
+    source = parts(
+        tmp_path, *({"text": ["a"], "key": pa.array([7], kind)} for kind in (pa.int32(), pa.int64(), pa.int8()))
+    )
+    found = scored(one, source, tmp_path / "out.csv", id="key")
+    assert found["key"].to_pylist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ([1], ["k2"], "found string in 1.parquet, int64 before it"),
+        (["k1"], [2], "found int64 in 1.parquet, string before it"),
+        ([1], [0.5], "found double in 1.parquet, int64 before it"),
+        (pa.array([1], pa.int8()), [300], "found int64 in 1.parquet, int8 before it"),
+    ],
+)
+def test_ids_of_several_types_are_refused(
+    first: object, second: object, words: str, one: Models, tmp_path: Path
+) -> None:
+    source = parts(tmp_path, {"text": ["a"], "key": first}, {"text": ["b"], "key": second})
+    with pytest.raises(DataError, match=f"one type of column key in all files; {words}; write it alike"):
+        scored(one, source, tmp_path / "out.csv", id="key")
+    assert not (tmp_path / "out.csv").exists()
+
+
 def test_rows_are_read_only_as_they_are_answered(one: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, ahead = 0, []
 
@@ -195,7 +271,7 @@ def test_what_breaks_off_leaves_the_answers_of_before(one: Models, tmp_path: Pat
     ("content", "kind", "words"),
     [
         ({"text": ["a"]}, DataError, "columns body in rows.parquet; found"),
-        ({"body": [3]}, DataError, "texts in column body; found int64"),
+        ({"body": [3]}, DataError, "texts in column body; found int64 in rows.parquet"),
         ({"body": pa.array([], pa.string())}, DataError, "rows; found none"),
     ],
 )
@@ -243,3 +319,12 @@ def test_models_that_are_not_there_or_named_twice_are_refused(bundle_of: Bundle,
         models.loaded([str(tmp_path)])
     with pytest.raises(ConfigError, match="different models"):
         models.loaded([str(bundle_of()), str(bundle_of())])
+
+
+def test_a_version_may_be_named_by_its_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    registered = ["models:/topic@production", "models:/topic/3", "topic@production", "topic/3"]
+    assert all(map(models.is_registered, registered))
+    assert not any(map(models.is_registered, ["topic", "out/topic", "out/topic/3", "./3", "../3", "/3"]))
+    Path("topic/3").mkdir(parents=True)
+    assert not models.is_registered("topic/3")
