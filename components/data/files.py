@@ -105,7 +105,7 @@ def _file(path: Path, name: str, columns: Columns) -> Iterator[tuple[str, pa.Tab
             batch.validate(full=True)  # only the CSV reader looks whether text is UTF-8
             rows += len(batch)
             yield name, pa.Table.from_batches([batch])
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise _damaged(path, name, form, error) from None  # Arrow's message quotes the row
     if not rows:
         raise DataError("rows", f"none in {name}", "check what wrote it")
@@ -144,10 +144,8 @@ def _json_lines(path: Path, name: str, columns: Columns) -> Iterator[pa.RecordBa
 
 def _lines(path: Path) -> Iterator[bytes]:
     """Whole lines, some at a time."""
-    import pyarrow as pa
-
     left = b""
-    with pa.input_stream(path, compression="detect") as stream:
+    with opened(path) as stream:
         while block := stream.read(BLOCK):
             lines, end, rest = block.rpartition(b"\n")
             if end:
@@ -156,6 +154,17 @@ def _lines(path: Path) -> Iterator[bytes]:
             left += rest
     if left.strip():
         yield left
+
+
+def opened(path: Path) -> pa.NativeFile:
+    """What is in a file, unpacked."""
+    import pyarrow as pa
+
+    return pa.input_stream(path, compression="gzip" if _is_packed(path) else None)
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _one_type(found: set[pa.DataType]) -> pa.DataType:
@@ -178,10 +187,10 @@ def _delimited(path: Path, name: str, delimiter: str, columns: Columns) -> Itera
 
     reading = csv.ReadOptions(use_threads=False)  # else it cannot say which row is malformed
     parsing = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with pa.input_stream(path, compression="detect") as stream:
+    with opened(path) as stream:
         header = csv.open_csv(stream, read_options=reading, parse_options=parsing).schema
     names = wanted(columns, header.names, name)
-    with pa.input_stream(path, compression="detect") as stream:
+    with opened(path) as stream:
         yield from csv.open_csv(
             stream,
             read_options=reading,
@@ -204,6 +213,8 @@ def wanted(columns: Columns, found: list[str], place: str) -> list[str]:
             f"columns {', '.join(found)}" if _is_header(names, found) else "a first line without them",
             f"add the header line, or set data.columns: {', '.join(missing)} is not there",
         )
+    if several := [name for name in names if found.count(name) > 1]:
+        raise DataError(f"one column {several[0]} in {place}", "several of that name", "rename or remove the others")
     return names
 
 
@@ -215,10 +226,16 @@ def _is_header(names: list[str], found: list[str]) -> bool:
 def _damaged(path: Path, name: str, form: str, error: Exception) -> DataError:
     """What is wrong with a file that Arrow refuses; never Arrow's own words, which quote the rows."""
     reason = QUOTED_ROW.sub("", str(error)).lower()
-    if "utf8" in reason or not _is_utf8(path):
+    if isinstance(error, UnicodeDecodeError) or "utf8" in reason or not _is_utf8(path):
         return DataError(f"UTF-8 text in {name}", "other bytes", "convert it, e.g. iconv -f latin1 -t utf-8")
     if form == "parquet" or isinstance(error, OSError):
         return DataError(f"a whole file, {name}", "one that is damaged or cut short", "fetch or write it again")
+    if "straddl" in reason:
+        return DataError(
+            f"rows of at most a megabyte in {name}",
+            "a longer one, or a quote that does not end",
+            "correct it, or write Parquet",
+        )
     if "empty" in reason:
         return DataError("rows", f"none in {name}", "check what wrote it")
     if form == "jsonl":
@@ -233,7 +250,7 @@ def _damaged(path: Path, name: str, form: str, error: Exception) -> DataError:
 
 
 def _is_utf8(path: Path) -> bool:
-    if path.suffix in (".gz", ".parquet"):
+    if _is_packed(path) or path.suffix == ".parquet":
         return True
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:

@@ -173,9 +173,14 @@ def _strings(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
             column = column.cast(pa.int64())
         except pa.ArrowInvalid:
             raise DataError(f"text or whole numbers in column {name}", "fractions", "correct data.columns") from None
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind):
-        raise DataError(f"text or whole numbers in column {name}", f"type {kind}", "correct data.columns")
-    return pc.fill_null(column.cast(pa.string()), "")
+    refused = DataError(f"text or whole numbers in column {name}", f"type {kind}", "correct data.columns")
+    of_bytes = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary
+    if pa.types.is_nested(kind) or any(is_kind(kind) for is_kind in of_bytes):
+        raise refused
+    try:
+        return pc.fill_null(column.cast(pa.string()), "")
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # UUIDs, say
+        raise refused from None
 
 
 def _labels(column: pa.ChunkedArray, declared: tuple[str, ...]) -> tuple[pa.ChunkedArray, npt.NDArray[np.bool_]]:

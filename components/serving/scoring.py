@@ -186,7 +186,7 @@ def estimated(source: str) -> int:
             if path.suffix == ".parquet":
                 count += pyarrow.parquet.read_metadata(path).num_rows
                 continue
-            with pa.input_stream(path, compression="detect") as stream:
+            with files.opened(path) as stream:
                 while block := stream.read(BLOCK):
                     count += block.count(b"\n")
         except (pa.ArrowInvalid, OSError):

@@ -96,6 +96,15 @@ def test_bytes_that_are_not_utf8(tmp_path: Path, name: str, place: str) -> None:
     assert refused(put(tmp_path, name, content)).expected == f"UTF-8 text in {name}"
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz", "rows.jsonl"])
+def test_names_of_columns_that_are_not_utf8(tmp_path: Path, name: str) -> None:
+    """Also of one that nobody asks for."""
+    odd = "größe".encode("latin-1")
+    row = b'{"text": "good", "label": "cat", "%s": 1}\n' % odd
+    content = row if "jsonl" in name else b"text,label,%s\ngood,cat,1\n" % odd
+    assert refused(put(tmp_path, name, content)).expected == f"UTF-8 text in {name}"
+
+
 def test_utf16_file(tmp_path: Path) -> None:
     assert refused(put(tmp_path, "rows.csv", GOOD.decode().encode("utf-16"))).expected == "UTF-8 text in rows.csv"
 
@@ -105,6 +114,14 @@ def test_gzip_cut_short(tmp_path: Path, kept: float) -> None:
     whole = gzip.compress(GOOD)
     (tmp_path / "rows.csv.gz").write_bytes(whole[: int(len(whole) * kept) if kept == 0.5 else int(kept)])
     assert refused(tmp_path / "rows.csv.gz").found == "one that is damaged or cut short"
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl"])
+def test_rows_that_are_longer_than_is_read_at_once(tmp_path: Path, name: str) -> None:
+    long = SECRET * 400_000
+    row = f'{{"text": "{long}", "label": "cat"}}\n' if "jsonl" in name else f"{long},cat\n"
+    content = row.encode() if "jsonl" in name else GOOD + row.encode() + GOOD
+    assert refused(put(tmp_path, name, content)).expected == f"rows of at most a megabyte in {name}"
 
 
 def test_plain_file_named_gz(tmp_path: Path) -> None:
@@ -181,6 +198,22 @@ def test_fractions_as_labels(tmp_path: Path) -> None:
 
 def test_lists_as_texts(tmp_path: Path) -> None:
     assert refused(parquet(tmp_path, text=[[SECRET], [SECRET]], label=["a", "b"])).found.startswith("type list")
+
+
+def test_bytes_as_ids(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {"text": [SECRET] * 2, "label": ["a", "b"]}
+    for ids in (pa.array([b"\xff" * 16, b"\xfe" * 16], pa.uuid()), pa.array([b"\xff", b"\xfe"], pa.large_binary())):
+        error = refused(parquet(tmp_path, **columns, key=ids), columns=Columns(id="key"))
+        assert error.found == f"type {ids.type}"
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_two_columns_of_one_name(tmp_path: Path, name: str) -> None:
+    table = pa.table([["a"], ["cat"], ["b"]], names=["text", "label", "text"])
+    path = put(tmp_path, "rows.csv", b"text,label,text\na,cat,b\n")
+    if name == "rows.parquet":
+        pyarrow.parquet.write_table(table, path := tmp_path / name)
+    assert refused(path).expected == f"one column text in {name}"
 
 
 def test_repeated_ids(tmp_path: Path) -> None:

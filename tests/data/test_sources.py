@@ -30,7 +30,8 @@ def json_lines(columns: dict[str, list[Any]]) -> bytes:
 
 def write(path: Path, columns: dict[str, list[Any]]) -> Path:
     """Write columns in the format of the file's ending."""
-    plain, packed = path.name.removesuffix(".gz"), path.suffix == ".gz"
+    name = path.name.lower()
+    plain, packed = name.removesuffix(".gz"), name.endswith(".gz")
     if plain.endswith(".parquet"):
         pyarrow.parquet.write_table(pa.table(columns), path)
         return path
@@ -47,7 +48,19 @@ def read(path: Path, **settings: Any) -> pa.Table:
     return sources.read(DataConfig(source=str(path), **settings)).table.data.table
 
 
-ENDINGS = [".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz", ".CSV"]
+ENDINGS = [
+    ".csv",
+    ".tsv",
+    ".jsonl",
+    ".ndjson",
+    ".json",
+    ".parquet",
+    ".csv.gz",
+    ".tsv.gz",
+    ".jsonl.gz",
+    ".CSV",
+    ".csv.GZ",
+]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
