@@ -84,7 +84,9 @@ class Listener:
         if found is None:
             self._heard = time.monotonic()
             return None
-        if found == self._last:
+        if self._last is None:  # the store was away until now
+            self._last = found
+        if not found or found == self._last:
             return None
         self._last, self._heard = found, time.monotonic()
         event = json.loads(found)["event"]

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,8 +19,9 @@ from prefect.states import Running
 
 from components import base_model, storage
 from components.config import BaseConfig
-from components.errors import ComputeError, JobCancelled, JobKilled, ModelBusy
+from components.errors import ComputeError, JobCancelled, JobKilled, ModelBusy, StorageError
 from components.registry import bundle
+from components.training.progress import Event
 from components.training.spec import DataRef, JobSpec, Limits, code_version
 from flows import elsewhere, jobs, pulse, turns
 from flows.train import train
@@ -32,6 +34,7 @@ pytestmark = [
 ]
 
 STORE = "s3://adapterline"
+EVENT = Event(step=1, steps=2, epoch=1, epochs=1, loss=0.5, tokens_per_s=1.0, eta_s=1.0)
 
 
 @pytest.fixture
@@ -88,6 +91,23 @@ def test_a_job_that_waits_for_its_turn_gives_signs_of_life(
         assert ended == []
     waiting.join(60)
     assert ended == ["StorageError"], "after its turn it looks for its spec, and there is none"
+
+
+def test_what_lies_there_when_the_store_is_back_is_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([StorageError("the store", "none", "wait"), False, False, True, True, True])
+
+    def exists(uri: str) -> bool:
+        answer = next(answers)
+        if isinstance(answer, StorageError):
+            raise answer
+        return answer
+
+    said = iter([b'{"event": null}', b'{"event": null}', json.dumps({"event": asdict(EVENT)}).encode()])
+    monkeypatch.setattr(storage, "exists", exists)
+    monkeypatch.setattr(storage, "read", lambda uri: next(said))
+    listener = pulse.Listener("s3://bucket/jobs/one")
+    heard = [listener.listen() for _ in range(5)]
+    assert heard == [None, None, None, None, EVENT]
 
 
 def test_a_silent_job_is_declared_dead(
