@@ -40,12 +40,17 @@ def _kubernetes() -> str | None:
     found = [file for file in files if file.is_file()]
     if not found:
         return f"no kubeconfig at {' or '.join(map(str, files))}: set KUBECONFIG, then `make up`"
-    address = _cluster(found)
-    if address is None:
-        return f"no current cluster in {' or '.join(map(str, found))}: set current-context, then `make up`"
-    url = urlsplit(address)
+    names = " or ".join(map(str, found))
     try:
-        socket.create_connection((url.hostname or "", url.port or 443), CONNECT_S).close()
+        address = _cluster(found)
+        url = urlsplit(address or "")
+        port = url.port or 443
+    except Exception as error:  # noqa: BLE001  # closed to this user, no YAML, or YAML of something else
+        return f"no kubeconfig that can be read at {names} ({type(error).__name__}): set KUBECONFIG, then `make up`"
+    if address is None:
+        return f"no current cluster in {names}: set current-context, then `make up`"
+    try:
+        socket.create_connection((url.hostname or "", port), CONNECT_S).close()
     except OSError:
         return f"no Kubernetes API answers at {address}: start the cluster or set KUBECONFIG, then `make up`"
     return None

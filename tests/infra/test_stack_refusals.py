@@ -211,6 +211,18 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch
     assert f"no Kubernetes API answers at https://127.0.0.1:{port}" in str(availability.missing("worker-k8s"))
 
 
+@pytest.mark.parametrize(
+    "content", ["clusters: [", "current-context: test\ncontexts: [1]", KUBECONFIG.replace("%d", "x")]
+)
+def test_a_kubeconfig_that_cannot_be_read_leaves_its_worker_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "config").write_text(content)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    assert f"no kubeconfig that can be read at {tmp_path}/config" in str(availability.missing("worker-k8s"))
+
+
 def test_a_cluster_that_answers_has_its_worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, taken: int) -> None:
     (tmp_path / "config").write_text(KUBECONFIG % taken)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
