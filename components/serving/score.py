@@ -60,9 +60,13 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(error, "error_code", None) in REFUSALS:
             found = str(error).splitlines()[0]
             return _refuse(f"expected a registered version {options.version}; found: {found} Check name and alias")
-        found = type(error).__name__  # not its words: they may hold the server's address, and a password in it
+        # MLflow wraps what a version's own code raises.
+        reason = (type(error).__module__.startswith("mlflow") and error.__cause__) or error
+        found = type(reason).__name__  # not its words: they may hold the server's address, and a password in it
+        if isinstance(reason, ImportError):  # which names what is not installed, or another version of it
+            found = " ".join(f"{found}: {reason}".split())
         line = f"expected {options.version} to predict; found {found}; see the MLflow server's log"
-        return _refuse(line, AWAY if _is_away(error) else 1)
+        return _refuse(line, AWAY if _is_away(reason) else 1)
     return 0
 
 
@@ -106,12 +110,18 @@ def _score(model: Any, rows: Path, out: Path) -> None:
     save_file({"probabilities": np.ascontiguousarray(answer[columns].to_numpy(np.float32))}, out, about)
 
 
-def _is_away(error: Exception) -> bool:
-    """Is it MLflow or its store that cannot be reached?"""
+def _is_away(error: BaseException) -> bool:
+    """Is it MLflow or its store that does not answer, or says that it cannot?"""
     from botocore import exceptions
+    from requests import RequestException
 
+    answer: Any = getattr(error, "response", None)
+    if isinstance(error, exceptions.ClientError):
+        return int(answer["ResponseMetadata"]["HTTPStatusCode"]) >= 500
+    if isinstance(error, RequestException):
+        return answer is None or answer.status_code >= 500
     unreached = isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError)
-    return unreached or type(error).__module__.startswith("mlflow")
+    return unreached or type(error).__module__.startswith(("mlflow", "sqlalchemy"))
 
 
 def _refuse(line: str, code: int = 1) -> int:

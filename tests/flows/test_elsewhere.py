@@ -93,21 +93,20 @@ def test_a_job_that_waits_for_its_turn_gives_signs_of_life(
     assert ended == ["StorageError"], "after its turn it looks for its spec, and there is none"
 
 
-def test_what_lies_there_when_the_store_is_back_is_no_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = iter([StorageError("the store", "none", "wait"), False, False, True, True, True])
+@pytest.mark.parametrize("lies_there", [b"", json.dumps({"event": {**asdict(EVENT), "step": 0}}).encode()])
+def test_what_lies_there_when_the_store_is_back_is_no_sign_of_life(
+    monkeypatch: pytest.MonkeyPatch, lies_there: bytes
+) -> None:
+    found = [lies_there, lies_there, json.dumps({"event": asdict(EVENT)}).encode()]
 
-    def exists(uri: str) -> bool:
-        answer = next(answers)
-        if isinstance(answer, StorageError):
-            raise answer
-        return answer
+    def away(uri: str) -> bool:
+        raise StorageError("the store", "none", "wait")
 
-    said = iter([b'{"event": null}', b'{"event": null}', json.dumps({"event": asdict(EVENT)}).encode()])
-    monkeypatch.setattr(storage, "exists", exists)
-    monkeypatch.setattr(storage, "read", lambda uri: next(said))
+    monkeypatch.setattr(storage, "exists", away)
     listener = pulse.Listener("s3://bucket/jobs/one")
-    heard = [listener.listen() for _ in range(5)]
-    assert heard == [None, None, None, None, EVENT]
+    monkeypatch.setattr(storage, "exists", lambda uri: bool(found[0] or found.pop(0)))
+    monkeypatch.setattr(storage, "read", lambda uri: found.pop(0))
+    assert [listener.listen() for _ in range(3)] == [None, None, EVENT]
 
 
 def test_a_silent_job_is_declared_dead(
