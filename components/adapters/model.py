@@ -60,7 +60,7 @@ class BottleneckModel(BaseTuner):
         if any(other is config for name, other in self.peft_config.items() if name != adapter_name):
             config = self.peft_config[adapter_name] = copy.deepcopy(config)  # each its own
         self._check_name(adapter_name)
-        first = not hasattr(model, SHARED)
+        first, learning = not hasattr(model, SHARED), [each for each in model.parameters() if each.requires_grad]
         if first:
             model.requires_grad_(False)  # PEFT takes the shared parts for an earlier adapter, and would not
             setattr(model, SHARED, SharedParts(model))
@@ -68,9 +68,11 @@ class BottleneckModel(BaseTuner):
             self._share(model, config, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
-            self._shared.delete_adapter(adapter_name)
+            self._take_back(model, adapter_name)
             if first:
                 self._forget(model)
+            for each in learning:
+                each.requires_grad_(True)
             raise
         if first:
             self._shared.begins = model.register_forward_pre_hook(partial(_begin, self._shared))
@@ -88,6 +90,16 @@ class BottleneckModel(BaseTuner):
             self._shared.step.ranges[adapter_name] = (config.drop_range[0], config.drop_range[1])
         if len(parts):
             self._shared.bottleneck_parts[adapter_name] = placed(parts, next(model.parameters()))
+
+    def _take_back(self, model: nn.Module, adapter_name: str) -> None:
+        """What was put in of an adapter before it failed."""
+        self._shared.delete_adapter(adapter_name)
+        for name, site in [(name, each) for name, each in model.named_modules() if isinstance(each, Site)]:
+            site.delete_adapter(adapter_name)
+            if not (site.bottleneck_adapters or site.bottleneck_fusions):
+                parent, _, own = name.rpartition(".")
+                as_it_was = site.unload_and_optionally_merge_module(False, False, None)
+                self._replace_module(model.get_submodule(parent), own, as_it_was, site)
 
     def _forget(self, model: Any) -> None:
         """The base as it was: no shared parts, its own attention."""
@@ -186,7 +198,6 @@ class BottleneckModel(BaseTuner):
                 ", ".join(map(str, config.leave_out)),
                 "correct leave_out",
             )
-
         for name, dropped in (("drop_range", config.drop_range), ("drop_layers", [config.drop_layers])):
             if dropped and dropped[-1] > max(carrying):
                 found = ", ".join(map(str, dropped))

@@ -49,9 +49,10 @@ def fetch(member: Member) -> tuple[Path, bundle.Manifest]:
         fresh, manifest = fetch_anew(member, Path(name) / member.digest)
         try:
             fresh.rename(kept)
-        except OSError:  # another process was first
+        except OSError:  # another process was first, or something incomplete is in its place
             if not bundle.is_complete(kept):
-                raise
+                kept.rename(Path(name) / "incomplete")
+                fresh.rename(kept)
     return kept, manifest
 
 

@@ -269,14 +269,30 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], word: st
         get_peft_model(tiny("bert"), METHODS["pfeiffer"](**{"reduction_factor": 4, **settings}))
 
 
-def test_a_refused_adapter_leaves_the_model_as_it_was() -> None:
+def parts_of(model: torch.nn.Module) -> tuple[list[str], list[tuple[str, bool]]]:
+    """Names of modules and parameters, and which of these learn."""
+    return (
+        [name for name, _ in model.named_modules()],
+        [(name, each.requires_grad) for name, each in model.named_parameters()],
+    )
+
+
+# The latter two are refused when the first layer has its adapter.
+@pytest.mark.parametrize("factor", [99, {"0": 4}, {"0": 4, "1": 99}], ids=str)
+def test_a_refused_adapter_leaves_the_model_as_it_was(factor: Any) -> None:
     base = tiny("bert")
-    names = [name for name, _ in base.named_modules()]
-    with pytest.raises(ConfigError):
-        get_peft_model(base, METHODS["pfeiffer"](reduction_factor=99))
-    assert [name for name, _ in base.named_modules()] == names
-    model = get_peft_model(base, METHODS["pfeiffer"](reduction_factor=4))
+    before = parts_of(base)
+    with pytest.raises(ConfigError, match="reduction"):
+        get_peft_model(base, METHODS["pfeiffer"](reduction_factor=factor), "anna")
+    assert parts_of(base) == before
+    model = get_peft_model(base, METHODS["pfeiffer"](reduction_factor=4, leave_out=[0]), "anna")
     assert torch.equal(hidden(model.eval(), "bert"), hidden(tiny("bert"), "bert"))
+
+    before = parts_of(model)
+    with pytest.raises(ConfigError, match="reduction"):
+        model.add_adapter("bruno", METHODS["pfeiffer"](reduction_factor=factor))
+    assert parts_of(model) == before
+    model.add_adapter("bruno", METHODS["pfeiffer"](reduction_factor=4))
 
 
 @pytest.mark.parametrize("method", METHODS)

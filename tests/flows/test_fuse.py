@@ -167,6 +167,14 @@ def test_each_method_has_its_flow(fusion: RetrainConfig, settings: Settings) -> 
         fuse(settings("plain"))
 
 
+def test_what_a_cache_holds_in_part_is_fetched_again(standing: versions.Version, workspace: Path) -> None:
+    (path,) = workspace.glob("jobs/fusion-*.spec.json")
+    (first, *_) = members_of(specs.parse(path.read_bytes()).settings)
+    folder, manifest = members.fetch(first)
+    (folder / bundle.MANIFEST).unlink()
+    assert members.fetch(first) == (folder, manifest)
+
+
 def test_what_a_changed_cache_holds_is_refused(standing: versions.Version, workspace: Path) -> None:
     (path,) = workspace.glob("jobs/fusion-*.spec.json")
     (first, *_) = members_of(specs.parse(path.read_bytes()).settings)
