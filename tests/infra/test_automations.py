@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
+import yaml
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import emit_event
@@ -162,7 +164,15 @@ def test_a_passed_gate_notifies_nobody(receiver: Receiver) -> None:
     assert "tickets" not in [each.get("model") for each in receiver.until("the-end-2")]
 
 
-@pytest.mark.parametrize("flow", ["retrain", "train"])
+def test_crashes_of_all_that_is_deployed_are_told() -> None:
+    (crash,) = [each for each in automations.load() if each["name"] == CRASH]
+    deployed = yaml.safe_load((automations.FILE.parent.parent / "prefect.yaml").read_text())["deployments"]
+    entries = {each["entrypoint"].partition(".py:") for each in deployed}
+    flows = {getattr(import_module(file.replace("/", ".")), name).name for file, _, name in entries}
+    assert set(crash["trigger"]["match_related"]["prefect.resource.name"]) == flows
+
+
+@pytest.mark.parametrize("flow", ["retrain", "train", "upgrade"])
 def test_a_crashed_run_notifies_once(client: SyncPrefectClient, receiver: Receiver, flow: str) -> None:
     run = run_of(client, flow, Running(), Crashed(message='killed "9"'))
     found = receiver.until("crashed")
