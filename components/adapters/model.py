@@ -282,9 +282,11 @@ class BottleneckModel(BaseTuner):
         if names is None:
             yield
             return
-        names = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
         self._check_rows(names)
-        with rows.mixed(self.model, names):
+        of_beams = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
+        # An encoder reads each row before there are beams of it.
+        before = self.model.get_encoder().modules() if self.model.config.is_encoder_decoder else ()
+        with rows.mixed(self.model, of_beams, dict.fromkeys(before, names)):
             yield
 
     def _check_rows(self, names: list[str]) -> None:

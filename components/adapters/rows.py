@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,14 +19,18 @@ BASE = "__base__"  # PEFT's name for rows without an adapter
 
 
 @contextmanager
-def mixed(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """For the length of the block every forward pass of the model takes the adapter of its name for each row."""
+def mixed(model: nn.Module, names: list[str], others: Mapping[nn.Module, list[str]]) -> Iterator[None]:
+    """For the length of the block every forward pass of the model takes the adapter of its name for each row.
+
+    others: names of the rows that some modules read.
+    """
     handles = []
     for module in model.modules():
+        own = others.get(module, names)
         if isinstance(module, BaseTunerLayer) and hasattr(module, "base_layer"):
-            handles.append(module.register_forward_pre_hook(partial(_with_names, names), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(partial(_with_names, own), with_kwargs=True))
         elif isinstance(module, ModulesToSaveWrapper):
-            handles.append(module.register_forward_hook(partial(_by_rows, names), with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(_by_rows, own), with_kwargs=True))
     try:
         yield
     finally:

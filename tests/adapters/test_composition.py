@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from components.adapters import METHODS
 from components.adapters.drop import drop
@@ -98,12 +98,14 @@ def test_every_row_needs_a_name(names: list[str]) -> None:
         loaded("bert", ("pfeiffer", "pfeiffer"))(**inputs("bert"), adapter_names=names)
 
 
-def test_beams_keep_the_adapter_of_their_row() -> None:
-    config = tiny("gpt2").config
+@pytest.mark.parametrize(("family", "kind"), [("gpt2", AutoModelForCausalLM), ("t5", AutoModelForSeq2SeqLM)])
+def test_beams_keep_the_adapter_of_their_row(family: str, kind: Any) -> None:
+    config = tiny(family).config
     torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_config(config), config_of("parallel", ()), adapter_name="anna")
+    model = get_peft_model(kind.from_config(config), config_of("parallel", ()), adapter_name="anna")
     stir_adapter(model.eval(), "anna")
-    settings = {**inputs("gpt2"), "max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    given = {name: each for name, each in inputs(family).items() if not name.startswith("decoder")}
+    settings = {**given, "max_new_tokens": 5, "num_beams": 3, "do_sample": False}
     assert torch.equal(model.generate(**settings, adapter_names=["anna", "anna"]), model.generate(**settings))
 
 
