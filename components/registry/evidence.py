@@ -143,12 +143,11 @@ def held_out(
 
     names = labels + tuple(label for label in their_labels if label not in labels)
     learned = {row for parts in (ours, theirs) for name in ("train", "validation") for row in parts[name]["row"]}
-    taken = set(learned)
+    taken = learned.union(*to_members)
     tables = []
     for parts, known in ((ours, labels), (theirs, their_labels)):
         test = parts["test"]
-        rows = list(enumerate(test["row"]))
-        new = [index for index, row in rows if row not in taken and not any(row in each for each in to_members)]
+        new = [index for index, row in enumerate(test["row"]) if row not in taken]
         taken |= {test["row"][index] for index in new}
         codes = np.array([names.index(known[code]) for code in np.asarray(test["label"])[new]], dtype=np.int64)
         tables.append(test.select(new).remove_columns("label").add_column("label", codes))

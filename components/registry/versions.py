@@ -161,7 +161,7 @@ def score(tracking: Tracking, version: str, rows: Dataset, labels: tuple[str, ..
     """Probabilities of a registered version for rows, computed in a fresh process, (rows, labels).
 
     A label that the version does not know gets probability 0. Raises RegistryError when it cannot be loaded,
-    RegistryUnavailable when that is because its store does not answer.
+    RegistryUnavailable when that is because MLflow or its store does not answer.
     """
     return examined(tracking, version, rows, labels, ())[0]
 
