@@ -189,7 +189,8 @@ class ComputeConfig(Frozen):
         10, ge=0, description="of disk for what frozen layers make of texts, so that it is computed once; 0: never kept"
     )
     tokens_at_once: Positive | None = Field(
-        None, description="at most so many, with padding, learn at once; by default all of a batch, or 1,024 on CPUs"
+        None,
+        description="at most so many, with padding, learn at once; by default a whole batch, or 1,024 a thread on CPUs",
     )
     compile: bool = Field(False, description="torch.compile full fine-tuning and what has no kernels of our own")
     job_memory_gb: float = Field(3.0, gt=0, description="jobs run side by side when this much is free for each")

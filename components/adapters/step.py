@@ -30,10 +30,10 @@ class Step:
         if not torch.is_grad_enabled():
             return
         self.losses.clear()
-        if self.seed is not None:
-            self.random.seed(self.seed)
         drawn = [self.ranges[name] for name in active if name in self.ranges]
-        self.layers = self.random.randint(*drawn[0]) if drawn else None
+        # Threads with rows of one step pass at once, so each draws by itself.
+        source = self.random if self.seed is None else random.Random(self.seed)  # noqa: S311  # no secret
+        self.layers = source.randint(*drawn[0]) if drawn else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
         copied = Step()

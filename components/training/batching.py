@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 BUCKET = 50
 # Tokens that go through a model at once where nothing is learned, by device: enough to fill the kernels of matrices,
 # few enough for the activations of one layer to take tens of MB on CPUs.
-AT_ONCE = {"cpu": 512, "cuda": 16_384}
-# And where an adapter learns, on CPUs: more is no faster there, and keeps more activations.
+AT_ONCE = {"cpu": 1024, "cuda": 16_384}
+# And where an adapter learns, for each thread of a CPU: more is no faster there, and keeps more activations.
 LEARNED_AT_ONCE = 1024
 # Held by the thread that tokenises: where texts are cut is a state of the tokenizer, and threads of a server share it.
 # One lock does for all tokenizers, since each works on all cores by itself.
@@ -132,11 +132,17 @@ def bounded_batches(lengths: npt.NDArray[np.int64], tokens: int) -> Iterator[npt
         start += size
 
 
-def parts(lengths: npt.NDArray[np.int64], tokens: int | None) -> list[npt.NDArray[np.int64]]:
-    """Places in a batch of what goes through the model at once: all, or rows of at most so many tokens with padding."""
+def parts(lengths: npt.NDArray[np.int64], tokens: int | None = None, hands: int = 1) -> list[npt.NDArray[np.int64]]:
+    """Places in a batch of what goes through the model at once: all, or what `hands` take, most tokens first.
+
+    Each takes as many rows, of like length for the sake of few shapes (see `widened`); all together are at work on at
+    most so many tokens, padding counted.
+    """
     if tokens is None:
         return [np.arange(len(lengths))]
-    return list(bounded_batches(lengths, tokens))
+    shares = np.array_split(np.argsort(lengths, kind="stable"), hands)
+    found = [rows[part] for rows in shares for part in bounded_batches(lengths[rows], tokens // hands)]
+    return sorted(found, key=lambda rows: -len(rows) * int(lengths[rows].max()))
 
 
 def widened(tokens: int) -> int:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from torch import nn
 
 T = TypeVar("T")
-Part = Callable[[], torch.Tensor]
+Loss = Callable[[], torch.Tensor]
 
 
 class Crew:
@@ -57,45 +57,27 @@ class Crew:
                 piece.cancel()
             wait(pieces)
 
-    def together(self, parts: Sequence[Part], parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-        """The parts' outputs one below the other, made side by side; so are the parameters' gradients."""
-        joined: torch.Tensor = _Together.apply(self, parts, *parameters)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return joined
+    def learn(self, losses: Sequence[Loss], parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+        """The sum of the losses, whose gradients are added to the parameters' own."""
+        if self._pool is None or len(losses) == 1:
+            return torch.stack([_learned(loss) for loss in losses]).sum()
+        found = self.each([partial(_gradients, loss, parameters) for loss in losses])
+        for parameter, *gradients in zip(parameters, *(gradients for _, gradients in found), strict=True):
+            for gradient in gradients:
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return torch.stack([loss for loss, _ in found]).sum()
 
 
 ALONE = Crew(1)
 
 
-class _Together(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, crew: Crew, parts: Sequence[Part], *parameters: torch.nn.Parameter) -> torch.Tensor:
-        ctx.crew, ctx.parameters = crew, parameters
-        ctx.made = crew.each(parts)
-        return torch.cat([each.detach() for each in ctx.made])
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-        parts = torch.split(gradient, [len(each) for each in ctx.made])
-        found = ctx.crew.each(
-            [
-                lambda made=made, part=part: torch.autograd.grad(made, ctx.parameters, part, allow_unused=True)
-                for made, part in zip(ctx.made, parts, strict=True)
-            ]
-        )
-        ctx.made = None
-        return None, None, *(_total(each) for each in zip(*found, strict=True))
+def _learned(loss: Loss) -> torch.Tensor:
+    found = loss()
+    found.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return found.detach()
 
 
-def _total(gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    given = [each for each in gradients if each is not None]
-    return torch.stack(given).sum(0) if given else None
-
-
-def shares(lengths: npt.NDArray[np.int64], hands: int) -> list[npt.NDArray[np.int64]]:
-    """Which rows each takes, by their place in the batch: rows of like length, as many for all, for the sake of few
-    shapes (see `batching.widened`).
-
-    lengths: (batch,).  Returns at most `hands` arrays, none empty.
-    """
-    order = np.argsort(lengths, kind="stable")
-    return [rows for rows in np.array_split(order, hands) if len(rows)]
+def _gradients(loss: Loss, parameters: Sequence[nn.Parameter]) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    found = loss()
+    return found.detach(), torch.autograd.grad(found, parameters, allow_unused=True)

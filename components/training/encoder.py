@@ -26,7 +26,7 @@ from components.adapters import families
 from components.adapters.bottleneck import Bottleneck
 from components.adapters.families import Site as Place
 from components.adapters.families import Stack
-from components.adapters.layer import SharedParts, Site
+from components.adapters.layer import Site
 from components.adapters.parameters import is_adapted
 from components.training.frozen import ACTIVATIONS, Attention, FeedForward, attended, attends_packed
 from components.training.packing import Packing, takes_packed
@@ -172,9 +172,6 @@ class Encoder:
         for each in self.sublayers[-2:]:
             each.last = not as_written
         self.cut = self._find_cut()
-        # What layers share, as Compacter's rule, is in none of them.
-        parts = [self._encoder, *(each for each in model.modules() if isinstance(each, SharedParts))]
-        self.trained = [each for part in parts for each in part.parameters() if each.requires_grad]
         self._now = threading.local()  # what takes the place of the layers in the forward pass of this thread
 
     @staticmethod
@@ -229,8 +226,8 @@ class Encoder:
 
     @property
     def draws(self) -> bool:
-        """Is anything left to chance while the layers learn?"""
-        return any(map(_draws, self._encoder.modules()))
+        """Is anything left to chance while the model learns?"""
+        return any(map(_draws, self.model.modules()))
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

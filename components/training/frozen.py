@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 
+from components.training import onednn
 from components.training.packing import Packing
 
 log = logging.getLogger("adapterline")
@@ -46,6 +47,7 @@ class Attention:
         self, query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear, heads: int, dtype: torch.dtype
     ) -> None:
         self.heads, self.hidden = heads, query.out_features
+        self.products = onednn.preferred(query.weight.device, dtype)
         scale = (self.hidden // heads) ** -0.5  # of scores; applied once, to what makes the queries
         matrices = (query.weight * scale, key.weight, value.weight)
         biases = (query.bias * scale, key.bias, value.bias)
@@ -95,6 +97,7 @@ class FeedForward:
     """The feed-forward up to the end of its second matrix, from the modules of a frozen layer."""
 
     def __init__(self, up: nn.Linear, down: nn.Linear, activation: str, dtype: torch.dtype) -> None:
+        self.products = onednn.preferred(up.weight.device, dtype)
         self.up, self.up_bias = up.weight.detach().to(dtype), up.bias.detach().to(dtype)
         self.down, self.down_bias = down.weight.detach().to(dtype), down.bias.detach().to(dtype)
         self.activation, self.derived = ACTIVATIONS[activation]
@@ -107,24 +110,24 @@ class FeedForward:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
-        q, k, v = own.heads_first(packing.spread(_product(x, own.qkv, own.qkv_bias)))
+        q, k, v = own.heads_first(packing.spread(own.products.of(x, own.qkv, own.qkv_bias)))
         p = _probabilities(q, k, own, packing)
         seen = packing.pack(own.heads_last(torch.bmm(p, v).unsqueeze(0)))
         ctx.save_for_backward(q, k, v, p)
         ctx.own, ctx.packing = own, packing
-        return _product(seen, own.out, own.out_bias)
+        return own.products.of(seen, own.out, own.out_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, p = ctx.saved_tensors
         own, packing = ctx.own, ctx.packing
-        seen = own.heads_first(packing.spread(grad @ own.out))[0]
+        seen = own.heads_first(packing.spread(own.products.back(grad, own.out)))[0]
         grads = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
         scores = _through_softmax(seen, v, p)
         torch.bmm(scores, k, out=grads[0])
         torch.bmm(scores.transpose(1, 2), q, out=grads[1])
         torch.bmm(p.transpose(1, 2), seen, out=grads[2])
-        return packing.pack(own.heads_last(grads)) @ own.qkv, None, None
+        return own.products.back(packing.pack(own.heads_last(grads)), own.qkv), None, None
 
 
 class _FirstToken(torch.autograd.Function):
@@ -138,7 +141,7 @@ class _FirstToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
         hidden = own.hidden
-        q = own.of_heads(_product(x[packing.firsts], own.qkv[:hidden], own.qkv_bias[:hidden]))
+        q = own.of_heads(own.products.of(x[packing.firsts], own.qkv[:hidden], own.qkv_bias[:hidden]))
         asked = torch.bmm(q, own.key).transpose(0, 1).contiguous()  # (rows, heads, hidden), as are means
         x = packing.spread(x)
         scores = torch.bmm(asked, x.transpose(1, 2))
@@ -149,13 +152,13 @@ class _FirstToken(torch.autograd.Function):
         seen = torch.bmm(means.transpose(0, 1), own.value.transpose(1, 2)).transpose(0, 1).reshape(-1, hidden)
         ctx.save_for_backward(x, asked, p)
         ctx.own, ctx.packing = own, packing
-        return _product(seen + own.qkv_bias[2 * hidden :], own.out, own.out_bias)
+        return own.products.of(seen + own.qkv_bias[2 * hidden :], own.out, own.out_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, asked, p = ctx.saved_tensors
         own: Attention = ctx.own
-        means = torch.bmm(own.of_heads(grad @ own.out), own.value).transpose(0, 1).contiguous()
+        means = torch.bmm(own.of_heads(own.products.back(grad, own.out)), own.value).transpose(0, 1).contiguous()
         scores = _through_softmax(means, x, p)
         read = torch.bmm(torch.cat([p, scores], 1).transpose(1, 2), torch.cat([means, asked], 1))
         q = torch.bmm(torch.bmm(scores, x).transpose(0, 1), own.key.transpose(1, 2))
@@ -166,16 +169,16 @@ class _FirstToken(torch.autograd.Function):
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, own: FeedForward) -> torch.Tensor:
-        inner = _product(x, own.up, own.up_bias)
+        inner = own.products.of(x, own.up, own.up_bias)
         ctx.save_for_backward(inner)
         ctx.own = own
-        return _product(own.activation(inner), own.down, own.down_bias)
+        return own.products.of(own.activation(inner), own.down, own.down_bias)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (inner,) = ctx.saved_tensors
         own = ctx.own
-        return own.derived(grad @ own.down, inner) @ own.up, None
+        return own.products.back(own.derived(own.products.back(grad, own.down), inner), own.up), None
 
 
 def attended(
@@ -234,15 +237,12 @@ def _attention_of(
     return seen, gradients[of_rows.to(device)]
 
 
-def _product(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(bias, x, matrix.t())
-
-
 def _probabilities(q: torch.Tensor, k: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
     """(rows · heads, width, width); q and k: (rows · heads, width, features)."""
     scores = torch.bmm(q, k.transpose(1, 2))
     if packing.mask is not None:
-        scores.view(packing.rows, own.heads, *scores.shape[1:]).add_(packing.mask)
+        by_row = scores.view(packing.rows, own.heads, *scores.shape[1:])
+        by_row[..., packing.shortest :] += packing.mask[..., packing.shortest :]
     return torch.softmax(scores, -1, out=scores)
 
 

@@ -6,14 +6,9 @@ at a tenth on a third; the backward pass of torch's fused attention on CPUs lose
 
 from __future__ import annotations
 
-import json
-import platform
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,19 +17,15 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from components import cache, digest
-from components.errors import StorageError
+from components.training import measured
 from components.training.frozen import Attention, FeedForward
 from components.training.packing import Packing
 
 WIDTHS = (64, 128, 256, 512)
 INNER = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "encoder_ffn_dim")
 ROWS = 4
-TIMES = 2
 # Below this hidden size what counts is how many operations there are, and every choice is a matter of chance.
 SMALL = 128
-# What is measured by chance as a little faster is not worth another rounding.
-CLEARLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -70,25 +61,11 @@ class Kernels:
 
 
 def chosen(device: torch.device, shape: Shape, precisions: tuple[torch.dtype, ...]) -> Kernels:
-    """precisions: one that is asked for, or several to choose from.
-
-    What was measured is kept in the cache folder. Where nothing can be written, it is not, and nothing fails.
-    """
+    """precisions: one that is asked for, or several to choose from."""
     if shape.hidden < SMALL:
         return Kernels(precisions == (torch.bfloat16,), WIDTHS[-1], 0)
-    code = digest.of_code("training/kernels", "training/frozen", "training/packing")
-    about = [name_of(device), torch.__version__, asdict(shape), [str(each) for each in precisions], code]
-    try:
-        path = cache.folder() / "kernels" / f"{digest.of_json(about)[:32]}.json"
-    except StorageError:  # in a container without one, say
-        return measure(device, shape, precisions)
-    try:
-        return Kernels(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):  # not there yet, or damaged: measured again
-        measured = measure(device, shape, precisions)
-    with suppress(OSError), cache.writing(path) as file:
-        file.write(json.dumps(asdict(measured)).encode())
-    return measured
+    about = [asdict(shape), [str(each) for each in precisions]]
+    return measured.kept(device, about, Kernels, lambda: measure(device, shape, precisions))
 
 
 def measure(device: torch.device, shape: Shape, precisions: tuple[torch.dtype, ...]) -> Kernels:
@@ -98,37 +75,20 @@ def measure(device: torch.device, shape: Shape, precisions: tuple[torch.dtype, .
     """
     if device.type != "cpu":
         return Kernels(torch.bfloat16 in precisions, 0, 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            dtype = precisions[0]
-            if len(precisions) > 1:
-                dtype = min(precisions, key=lambda each: _seconds(_feed_forward(shape, each)))
-            fused = _attention(shape, dtype, fused=True)
-            plain = _until(_attention(shape, dtype, fused=False), fused)
-            return Kernels(dtype == torch.bfloat16, plain, _until(_composed(shape, dtype), fused))
-    finally:
-        torch.set_num_threads(before)
-
-
-def name_of(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "model\t"))]
-        names = names[1::-1]
-    except OSError:
-        names = []
-    return " ".join(names) or platform.processor()
+    with measured.one_thread():
+        dtype = precisions[0]
+        if len(precisions) > 1:
+            dtype = min(precisions, key=lambda each: measured.seconds(_feed_forward(shape, each)))
+        fused = _attention(shape, dtype, fused=True)
+        plain = _until(_attention(shape, dtype, fused=False), fused)
+        return Kernels(dtype == torch.bfloat16, plain, _until(_composed(shape, dtype), fused))
 
 
 def _until(one: Callable[[int], Any], other: Callable[[int], Any]) -> int:
     """The width up to which `one` is clearly faster than `other`."""
     until = 0
     for width in WIDTHS:
-        if _seconds(one(width)) > CLEARLY * _seconds(other(width)):
+        if not measured.is_faster(one(width), other(width)):
             return until
         until = width
     return until
@@ -175,14 +135,3 @@ def _composed(shape: Shape, dtype: torch.dtype) -> Callable[[int], Callable[[], 
 
 def _both_ways(run: Callable[[], torch.Tensor]) -> None:
     torch.autograd.backward(run().sum())
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    """Of the fastest of some runs, after one that warms up."""
-    run()
-    taken = []
-    for _ in range(TIMES):
-        begin = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - begin)
-    return min(taken)

@@ -140,7 +140,7 @@ def fit(
             with precision.frozen(model, but=through.replaced):
                 for rows in batches[state.batch :]:
                     watch.go()
-                    torch.manual_seed(group.seed(seed, state.step))
+                    _seed(device, group.seed(seed, state.step))
                     reseed(steps, seed, state.step)  # layers are dropped by all processes alike
                     loss = learn(train, rows, through)
                     if not math.isfinite(loss):
@@ -175,6 +175,14 @@ def fit(
     return state
 
 
+def _seed(device: torch.device, seed: int) -> None:
+    if device.type == "cpu":
+        # torch.manual_seed would keep the call, with a traceback, for a GPU that may yet be used: half a millisecond.
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def _diverged(found: str, step: int) -> TrainingError:
     return TrainingError("a finite loss", f"{found} at step {step}", "lower the learning rates, or set precision: fp32")
 
@@ -192,16 +200,17 @@ class Learning:
         learner, group, weights = self._learner, self._learner.group, self._weights
         mine, labels = group.share(rows, train.labels)
         whole = len(rows) if weights is None else weights[train.labels[rows]].sum()
-        total = torch.zeros((), device=learner.device)
-        for part in parts(np.array([len(train.ids[row]) for row in mine]), through.at_once):
+
+        def loss_of(part: npt.NDArray[np.int64]) -> torch.Tensor:
             logits = through.learn.logits(mine[part])
             target = torch.from_numpy(labels[part]).to(learner.device)
             loss = nn.functional.cross_entropy(logits.float(), target, weight=weights, reduction="sum") / whole
-            if (beside := self._beside()) is not None:
-                loss = loss + beside * len(part) / len(mine) / group.size
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-            total += loss.detach()
-        combined = float(group.combine(total, self._trained))
+            beside = self._beside()
+            return loss if beside is None else loss + beside * len(part) / len(mine) / group.size
+
+        lengths = np.array([len(train.ids[row]) for row in mine])
+        losses = [partial(loss_of, part) for part in parts(lengths, through.at_once, through.crew.hands)]
+        combined = float(group.combine(through.crew.learn(losses, self._trained), self._trained))
         nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
         learner.optimizer.step()
         learner.scheduler.step()

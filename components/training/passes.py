@@ -19,7 +19,7 @@ from components.adapters.places import positions
 from components.base_model import ATTENTION_DROPOUT
 from components.training.batching import LEARNED_AT_ONCE, Tokens, collate
 from components.training.compiled import Compiled
-from components.training.crew import ALONE, Crew, shares
+from components.training.crew import ALONE, Crew
 from components.training.encoder import Encoder
 from components.training.layered import Layered
 from components.training.packing import Packing, width
@@ -78,22 +78,13 @@ class Whole:
 class AboveTrunk:
     """Only what is above the trunk; the encoder is in its place in the model."""
 
-    def __init__(self, trunk: Trunk[Encoder], crew: Crew) -> None:
-        self.trunk, self._encoder, self._lengths = trunk, trunk.encoder, trunk.lengths
-        self._precision, self._crew = trunk.precision, crew
+    def __init__(self, trunk: Trunk[Encoder]) -> None:
+        self.trunk, self._encoder, self._precision = trunk, trunk.encoder, trunk.precision
 
     def logits(self, rows: Rows) -> torch.Tensor:
-        places = shares(self._lengths[rows], self._crew.hands)
-        tails = [partial(self._tail, rows[place]) for place in places]
-        order = torch.from_numpy(np.argsort(np.concatenate(places)))
         with self._precision.autocast():
-            if len(tails) == 1:
-                return self._encoder.logits(tails[0], len(rows))[order]
-            return self._encoder.logits(lambda: self._crew.together(tails, self._encoder.trained)[order], len(rows))
-
-    def _tail(self, rows: Rows) -> torch.Tensor:
-        with self._precision.autocast():
-            return self._encoder.tail(*self.trunk.states(rows))
+            states, packing = self.trunk.states(rows)
+            return self._encoder.logits(partial(self._encoder.tail, states, packing), len(rows))
 
 
 class AboveLayers(Whole):
@@ -181,13 +172,13 @@ def passes(
         alone = device.type != "cpu" or encoder.draws
         crew = Crew(1 if alone else min(torch.get_num_threads(), max(1, batch // ROWS_EACH)))
         learn, check = (
-            AboveTrunk(Trunk(encoder, train, padding, device, precision), crew),
-            AboveTrunk(Trunk(judge, validation, padding, device, exact), ALONE),
+            AboveTrunk(Trunk(encoder, train, padding, device, precision)),
+            AboveTrunk(Trunk(judge, validation, padding, device, exact)),
         )
         with encoder.in_place(), judge.in_place() if judge is not encoder else nullcontext(), crew.at_work():
             if means.cache is not None:
                 learn.trunk.keep(means.cache, means.base, crew, check.trunk.layout.bytes)
-            at_once = means.tokens_at_once or (LEARNED_AT_ONCE if device.type == "cpu" else None)
+            at_once = means.tokens_at_once or (crew.hands * LEARNED_AT_ONCE if device.type == "cpu" else None)
             yield Passes(learn, check, crew, at_once, means, encoder.replaced)
     elif packed := _packed(model, precision, means):
         with packed.in_place():

@@ -27,6 +27,7 @@ CODE = (
     "training/encoder",
     "training/frozen",
     "training/layered",
+    "training/onednn",
     "training/packing",
     "training/trunk",
     "adapters",

@@ -111,6 +111,31 @@ def test_without_a_bound_a_batch_goes_in_one_part() -> None:
     assert [part.tolist() for part in parts(np.array([5, 900, 2]), None)] == [[0, 1, 2]]
 
 
+class TestParts:
+    LENGTHS = np.random.default_rng(0).integers(3, 200, size=16)
+
+    @pytest.mark.parametrize("hands", [1, 2, 3, 5, 20])
+    @pytest.mark.parametrize("tokens", [1, 300, 10_000])
+    def test_every_row_is_in_one_part(self, hands: int, tokens: int) -> None:
+        found = parts(self.LENGTHS, tokens, hands)
+        assert all(len(part) for part in found)
+        assert sorted(np.concatenate(found)) == list(range(16))
+
+    @pytest.mark.parametrize("hands", [2, 3, 4])
+    def test_all_hands_have_as_many_rows(self, hands: int) -> None:
+        counts = [len(part) for part in parts(self.LENGTHS, 10**6, hands)]
+        assert len(counts) == hands
+        assert all(count & (count - 1) == 0 or max(counts) - min(counts) <= 1 for count in counts)
+
+    def test_rows_of_like_length_go_together_and_the_longest_first(self) -> None:
+        long, short = parts(self.LENGTHS, 10**6, 2)
+        assert self.LENGTHS[short].max() <= self.LENGTHS[long].min()
+
+    def test_all_that_is_at_work_is_bounded(self) -> None:
+        for part in parts(self.LENGTHS, 1000, 4):
+            assert len(part) == 1 or len(part) * self.LENGTHS[part].max() <= 250
+
+
 @pytest.mark.parametrize("words", [6, 7, 8, 40])
 def test_a_cut_text_keeps_its_first_words_and_both_special_tokens(
     tokenizer: PreTrainedTokenizerFast, words: int

@@ -6,56 +6,46 @@ import threading
 import time
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from components.training.crew import Crew, shares
-
-LENGTHS = np.random.default_rng(0).integers(3, 200, size=16)
+from components.training.crew import Crew
 
 
-@pytest.mark.parametrize("hands", [1, 2, 3, 5])
-def test_every_row_is_somebodys(hands: int) -> None:
-    assert sorted(np.concatenate(shares(LENGTHS, hands))) == list(range(16))
-
-
-@pytest.mark.parametrize("lengths", [[7], [5, 9], [1, 1, 400]])
-def test_nobody_gets_nothing(lengths: list[int]) -> None:
-    assert all(len(rows) for rows in shares(np.array(lengths), 4))
-
-
-@pytest.mark.parametrize("hands", [2, 3, 4])
-def test_all_have_as_many_rows(hands: int) -> None:
-    counts = [len(rows) for rows in shares(LENGTHS, hands)]
-    assert len(counts) == hands
-    assert max(counts) - min(counts) <= 1
-
-
-def test_rows_of_like_length_go_together() -> None:
-    short, long = shares(LENGTHS, 2)
-    assert LENGTHS[short].max() <= LENGTHS[long].min()
-
-
-def test_outputs_and_gradients_are_those_of_one_pass() -> None:
+def test_losses_and_gradients_are_those_of_one_pass() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     unused = nn.Parameter(torch.zeros(2))
     x = torch.randn(10, 4, dtype=torch.float64)
-    alone = model(x)
-    alone.pow(2).sum().backward()
-    expected = [parameter.grad for parameter in model.parameters()]
-    model.zero_grad()
+    parameters = [*model.parameters(), unused]
+
+    def loss(rows: slice) -> torch.Tensor:
+        found: torch.Tensor = model(x[rows]).pow(2).sum()
+        return found
+
+    learned = []
+    for hands in (1, 2):
+        crew = Crew(hands)
+        with crew.at_work():
+            for parts in ([slice(0, 10)], [slice(0, 3), slice(3, 4), slice(4, 10)]):
+                model.zero_grad()
+                total = crew.learn([partial(loss, rows) for rows in parts], parameters)
+                learned.append([total, *(parameter.grad for parameter in model.parameters())])
+                assert unused.grad is None
+    for each in learned[1:]:
+        for found, expected in zip(each, learned[0], strict=True):
+            assert torch.allclose(found, expected)
+
+
+def test_gradients_are_added_to_those_that_are_there() -> None:
+    weight = nn.Parameter(torch.ones(3))
     crew = Crew(2)
     with crew.at_work():
-        joined = crew.together([partial(model, x[:3]), partial(model, x[3:])], [*model.parameters(), unused])
-        joined.pow(2).sum().backward()
-    assert torch.allclose(joined, alone)
-    for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        assert parameter.grad is not None and gradient is not None
-        assert torch.allclose(parameter.grad, gradient)
-    assert unused.grad is None
+        for _ in range(2):
+            crew.learn([weight.sum, (2 * weight).sum], [weight])
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [6, 6, 6]
 
 
 def test_pieces_are_done_side_by_side_and_returned_in_order() -> None:

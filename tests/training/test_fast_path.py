@@ -186,7 +186,7 @@ def test_rows_that_pass_an_adapter_by_do_so_one_by_one(
     monkeypatch.setattr(Bottleneck, "_by_rows", watched)
     trunk = passes.Trunk(encoder, tokens_of(base), 0, CPU, Precision(CPU, low=False))
     with encoder.in_place():
-        AboveTrunk(trunk, passes.Crew(1)).logits(rows)
+        AboveTrunk(trunk).logits(rows)
     assert len(kept) == 3
     assert all(len(each) == len(rows) and 0 < each.sum() < len(rows) for each in kept)
 
@@ -206,8 +206,10 @@ def test_gradients_are_those_of_the_whole_model(base_of: Callable[[str], Path], 
             encoder = Encoder(model, torch.float64, plain_until=64)
             trunk = passes.Trunk(encoder, tokens, 0, CPU, Precision(CPU, low=False))
             with encoder.in_place(), (crew := passes.Crew(hands)).at_work():
-                logits = AboveTrunk(trunk, crew).logits(rows)
-                logits.pow(2).sum().backward()
+                above = AboveTrunk(trunk)
+                shares = np.array_split(rows, hands)
+                work = [lambda share=share: above.logits(share).pow(2).sum() for share in shares]
+                crew.learn(work, [each for each in model.parameters() if each.requires_grad])
         else:
             model(**collate(tokens, rows, 0, CPU)).logits.pow(2).sum().backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -263,7 +265,7 @@ def test_one_token_is_asked_for_where_matrices_of_attention_learn(base_of: Calla
         module.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     trunk = passes.Trunk(encoder, tokens, 0, CPU, Precision(CPU, low=False))
     with encoder.in_place():
-        AboveTrunk(trunk, passes.Crew(1)).logits(np.arange(7))
+        AboveTrunk(trunk).logits(np.arange(7))
     assert seen == [7, 7]
 
 

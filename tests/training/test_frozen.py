@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from components.training import frozen
-from components.training.frozen import Attention, attends_packed
+from components.training import frozen, onednn
+from components.training.frozen import Attention, FeedForward, attends_packed
+from components.training.onednn import OneDNN, Products
 from components.training.packing import Packing, takes_packed
 
 HIDDEN, HEADS, LENGTHS = 32, 4, np.array([5, 11, 1])
@@ -108,3 +109,23 @@ def test_where_they_do_not_rows_are_padded_and_why_is_told(
     monkeypatch.setattr(frozen, "attended", wrong)
     assert not attends_packed.__wrapped__(CPU, torch.float32, HEADS, HIDDEN // HEADS)
     assert ("no such kernel" if fault == "fails" else "something else") in caplog.text
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_products_by_onednn_change_nothing(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    maps = [nn.Linear(HIDDEN, HIDDEN) for _ in range(4)]
+    up, down = nn.Linear(HIDDEN, 4 * HIDDEN), nn.Linear(4 * HIDDEN, HIDDEN)
+    packing = layout(LENGTHS, torch.float32, packed=False)
+    given = torch.randn(packing.tokens, HIDDEN)
+    made = []
+    for products in (Products(), OneDNN()):
+        monkeypatch.setattr(onednn, "preferred", lambda device, dtype, products=products: products)
+        x = given.clone().requires_grad_()
+        attention, forward = Attention(*maps, HEADS, torch.float32), FeedForward(up, down, "gelu", torch.float32)
+        assert attention.products is forward.products is products
+        y = forward(attention(x, packing, first, fused=False))
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        made.append((y.detach(), gradient))
+    for ours, torchs in zip(*made, strict=True):
+        assert torch.allclose(ours, torchs, atol=1e-5)

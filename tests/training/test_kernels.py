@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from transformers import AutoConfig
 
 from components.errors import TrainingError
-from components.training import kernels
+from components.training import kernels, measured, onednn
 from components.training.kernels import Kernels, Shape, chosen, shape_of
+from components.training.onednn import OneDNN, Products
 from components.training.precision import arithmetic
 
 CPU = torch.device("cpu")
@@ -21,8 +23,14 @@ SHAPE = Shape(hidden=128, inner=256, heads=4)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ADAPTERLINE_CACHE", str(tmp_path))
+    onednn._is_faster.cache_clear()
+    assert isinstance(onednn.preferred(CPU, torch.float32), Products)  # which keeps a record of its own
+    for record in (tmp_path / "kernels").glob("*"):
+        record.unlink()
+    yield
+    onednn._is_faster.cache_clear()
 
 
 def test_a_measurement_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +95,7 @@ def test_the_random_state_and_the_threads_are_left_as_they_were() -> None:
 def test_the_faster_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds by what is run: bfloat16 the slower, plain attention the faster up to 128 tokens."""
     seconds = {"other": 1.0, "fast": 0.5, "slow": 2.0}
-    monkeypatch.setattr(kernels, "_seconds", lambda run: seconds[run])
+    monkeypatch.setattr(measured, "seconds", lambda run: seconds[run])
     monkeypatch.setattr(kernels, "_feed_forward", lambda shape, dtype: "slow" if dtype == torch.bfloat16 else "other")
 
     def attention(shape: Shape, dtype: torch.dtype, fused: bool) -> object:
@@ -110,3 +118,32 @@ def test_the_faster_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_shapes_are_read_in_the_words_of_each_family(family: str, sizes: dict[str, int], expected: Shape) -> None:
     assert shape_of(AutoConfig.for_model(family, **sizes)) == expected
+
+
+class TestOneDNN:
+    def test_its_products_are_those_of_torch(self) -> None:
+        x, matrix, bias, grad = torch.randn(7, 48), torch.randn(32, 48), torch.randn(32), torch.randn(7, 32)
+        assert torch.allclose(OneDNN().of(x, matrix, bias), Products().of(x, matrix, bias), atol=1e-5)
+        assert torch.allclose(OneDNN().of(x[::2], matrix, bias), Products().of(x[::2], matrix, bias), atol=1e-5)
+        assert torch.allclose(OneDNN().back(grad, matrix), Products().back(grad, matrix), atol=1e-5)
+
+    @pytest.mark.parametrize("faster", [True, False])
+    def test_what_is_faster_is_preferred_and_measured_once(
+        self, faster: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """Once in all processes that share the cache folder."""
+        taken = {OneDNN: 1.0, Products: 2.0 if faster else 1.0}
+        monkeypatch.setattr(measured, "seconds", lambda run: taken[type(run.func.__self__)])
+        for _ in range(2):
+            onednn._is_faster.cache_clear()
+            assert type(onednn.preferred(CPU, torch.float32)) is (OneDNN if faster else Products)
+            monkeypatch.setattr(onednn, "_measure", None)
+
+    def test_in_bfloat16_and_on_gpus_products_are_left_to_torch(self) -> None:
+        for device, dtype in ((CPU, torch.bfloat16), (torch.device("cuda"), torch.float32)):
+            assert type(onednn.preferred(device, dtype)) is Products
+
+    def test_builds_of_torch_without_it_do_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        onednn._is_faster.cache_clear()
+        assert type(onednn.preferred(CPU, torch.float32)) is Products
