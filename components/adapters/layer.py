@@ -127,6 +127,13 @@ class Site(AdapterLayer):
         configs = [part.config for name in active if (part := self._part(name)) is not None]
         return any(self.index >= min([each.drop_layers, *(each.drop_range or ())]) for each in configs)
 
+    @property
+    def alone(self) -> Bottleneck | Fusion | None:
+        """What works here, in every step, and nothing beside it."""
+        active: Any = self.active_adapters
+        here = [] if self.disable_adapters else [part for name in active if (part := self._part(name)) is not None]
+        return here[0] if len(here) == 1 and self.may_work else None
+
     def carries(self, name: str) -> bool:
         """Does this adapter work here, in this step?"""
         part = self._part(name)

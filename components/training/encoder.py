@@ -28,6 +28,7 @@ from components.adapters.families import Site as Place
 from components.adapters.families import Stack
 from components.adapters.layer import Site
 from components.adapters.parameters import is_adapted
+from components.training.end import End
 from components.training.frozen import ACTIVATIONS, Attention, FeedForward, attended, attends_packed
 from components.training.packing import Packing, takes_packed
 
@@ -92,6 +93,7 @@ class SubLayer:
         """names: of the matrices in here."""
         self.is_attention, self.heads, self.last = names == matrices.attention, config.num_attention_heads, False
         self.exit, self.norm = layer.get_submodule(place.exit), layer.get_submodule(place.norm or "")
+        self._end = End.of(self.exit, self.norm)
         found = [layer.get_submodule(name) for name in names]
         # DistilBERT's exit is its output matrix: what adapters do there comes after it.
         self.modules: list[Any] = [each.base_layer if isinstance(each, Site) else each for each in found]
@@ -140,6 +142,8 @@ class SubLayer:
 
     def ended(self, h: torch.Tensor, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """What the next sub-layer reads. h, x: (tokens or rows, hidden)."""
+        if self._end is not None and h.dtype == x.dtype:
+            return self._end(h, x)
         h, x = packing.apart(h), packing.apart(x)
         if isinstance(self.exit, Site):
             self.exit.stream.x = x

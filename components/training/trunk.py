@@ -25,6 +25,7 @@ from components.training.trunk_cache import Layout, Rows, Store, TrunkCache
 CODE = (
     "training/batching",
     "training/encoder",
+    "training/end",
     "training/frozen",
     "training/layered",
     "training/onednn",

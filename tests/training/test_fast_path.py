@@ -206,9 +206,9 @@ def test_gradients_are_those_of_the_whole_model(base_of: Callable[[str], Path], 
             encoder = Encoder(model, torch.float64, plain_until=64)
             trunk = passes.Trunk(encoder, tokens, 0, CPU, Precision(CPU, low=False))
             with encoder.in_place(), (crew := passes.Crew(hands)).at_work():
-                above = AboveTrunk(trunk)
+                logits = AboveTrunk(trunk).logits
                 shares = np.array_split(rows, hands)
-                work = [lambda share=share: above.logits(share).pow(2).sum() for share in shares]
+                work = [lambda share=share, logits=logits: logits(share).pow(2).sum() for share in shares]
                 crew.learn(work, [each for each in model.parameters() if each.requires_grad])
         else:
             model(**collate(tokens, rows, 0, CPU)).logits.pow(2).sum().backward()
