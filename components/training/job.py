@@ -147,7 +147,6 @@ def _learn(
             f"code version {spec.code[:12]}", code_version()[:12], "run the job with the code that wrote its spec"
         )
     memory.spare()
-    memory.hold()
     memory.forget_peak(device)
     import torch
 

@@ -22,7 +22,7 @@ from components.config import TrainingConfig
 from components.errors import TrainingError
 from components.evaluation import metrics
 from components.methods import Schedule
-from components.training import crew
+from components.training import crew, memory
 from components.training.batching import AT_ONCE, Tokens, bounded_batches, parts, training_batches
 from components.training.distributed import ALONE, Group
 from components.training.kernels import shape_of
@@ -126,6 +126,7 @@ def fit(
     per_epoch = math.ceil(len(train.ids) / training.batch_size)
     meter, pause = Meter(report, per_epoch * schedule.epochs, schedule.epochs, state.step), Pause()
     lengths, watch = train.lengths, Watch(state)
+    memory.hold()  # only now, or what was measured above would be held, too
     training_mode(model)
     learn, steps = Learning(learner, weights, training.clip_norm), steps_of(model)
 

@@ -17,10 +17,11 @@ from components.errors import OutOfMemory
 if TYPE_CHECKING:
     import torch
 
-# Shapes whose kernels are kept: the twenty or so products of a step, for each width that a batch may have.
-KERNELS = 512
-# Of glibc's mallopt (man 3 mallopt): what is named, and bytes. The first is the most that it takes.
-MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 1 << 25), (-1, 1 << 28)
+# Kernels that are kept: the twenty or so products of a step, for each width that a batch may have. oneDNN has one cache
+# of them, and torch's layer above it one for each kind and thread, whose entries take more and save next to nothing.
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 512, "LRU_CACHE_CAPACITY": 16}
+# Of glibc's mallopt (man 3 mallopt): what is named, and bytes, of the first the most that it takes.
+MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 1 << 25), (-1, 1 << 25)
 # What Linux tells of a process, and what sets the most memory it took back to what it takes (man 5 proc).
 PROCESS, HIGH_WATER = Path("/proc/self"), "5"
 # What torch writes, on a GPU and on the CPU; it has a class of its own for the first only.
@@ -46,8 +47,8 @@ def spare() -> None:
     """Keep no more of the kernels that oneDNN compiles for each shape of a matrix than are used again: each is up to
     half a MB. To be called before the first product.
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, str(KERNELS))
+    for name, most in KERNELS.items():
+        os.environ.setdefault(name, str(most))
 
 
 def hold() -> None:

@@ -63,3 +63,32 @@ def _ballast() -> bytearray:
 
 def test_a_second_try_does_not_help() -> None:
     assert not OutOfMemory.retry_can_help
+
+
+HELD = """
+import resource
+from components.training import memory
+if {hold}:
+    memory.hold()
+def step():
+    made = [bytearray(size << 20) for size in (8, 9, 10)]  # zeroed, so each page is touched
+    return len(made)
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_freed_memory_is_held() -> None:
+    """Pages that the next step takes are those that were given back, not new ones."""
+    made = []
+    for hold in (True, False):
+        done = subprocess.run(
+            [sys.executable, "-c", HELD.format(hold=hold)], capture_output=True, text=True, check=True
+        )
+        made.append(int(done.stdout))
+    assert made[0] < made[1] / 10
