@@ -124,7 +124,7 @@ def test_two_processes_make_the_bundle_of_one(
 
 @pytest.mark.fault("kill -9 of one of a job's processes", "all end; the next try goes on from the last checkpoint")
 def test_a_killed_process_ends_the_job_and_the_next_try_resumes(make_spec: MakeSpec, tmp_path: Path) -> None:
-    spec = make_spec(epochs=25)
+    spec = make_spec(epochs=100)
     process = start(spec, tmp_path)
     assert process.stdout is not None
     assert process.stderr is not None
