@@ -124,7 +124,7 @@ def test_two_processes_make_the_bundle_of_one(
 
 @pytest.mark.fault("kill -9 of one of a job's processes", "all end; the next try goes on from the last checkpoint")
 def test_a_killed_process_ends_the_job_and_the_next_try_resumes(make_spec: MakeSpec, tmp_path: Path) -> None:
-    spec = make_spec(epochs=100)
+    spec = make_spec(epochs=50)
     process = start(spec, tmp_path)
     assert process.stdout is not None
     assert process.stderr is not None
@@ -142,8 +142,8 @@ def test_a_killed_process_ends_the_job_and_the_next_try_resumes(make_spec: MakeS
     output, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert events_of(output)[0].epoch > 1
-    job.run(spec, str(tmp_path / "undisturbed"), silent)
-    resumed, undisturbed = (bundle.read_predictions(tmp_path / name) for name in ("out", "undisturbed"))
+    start(spec, tmp_path / "undisturbed").communicate(timeout=300)
+    resumed, undisturbed = (bundle.read_predictions(tmp_path / name) for name in ("out", "undisturbed/out"))
     assert resumed.probabilities == pytest.approx(undisturbed.probabilities, abs=1e-4)
 
 
