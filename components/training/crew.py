@@ -1,11 +1,12 @@
 """Threads that share a batch: each takes some of its rows through forward and backward pass, with one core.
 
 On CPUs that beats threads inside each operation, which wait for one another a thousand times a step. Gradients are
-summed in the order of the rows, so the result does not depend on who was faster.
+summed in the order in which pieces are given, so the result does not depend on who was faster.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -46,27 +47,39 @@ class Crew:
 
         After an error in one, or Ctrl-C, no other is begun, and none is at work any more: what they write to may go.
         """
-        if self._pool is None or len(work) == 1:
-            return [piece() for piece in work]
-        pieces: list[Future[T]] = []
-        try:
-            pieces.extend(self._pool.submit(piece) for piece in work)
-            return [piece.result() for piece in pieces]
-        finally:
-            for piece in pieces:
-                piece.cancel()
-            wait(pieces)
+        return list(self._in_order(work))
 
     def learn(self, losses: Sequence[Loss], parameters: Sequence[nn.Parameter]) -> torch.Tensor:
         """The sum of the losses, whose gradients are added to the parameters' own."""
         if self._pool is None or len(losses) == 1:
             return torch.stack([_learned(loss) for loss in losses]).sum()
-        found = self.each([partial(_gradients, loss, parameters) for loss in losses])
-        for parameter, *gradients in zip(parameters, *(gradients for _, gradients in found), strict=True):
-            for gradient in gradients:
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        return torch.stack([loss for loss, _ in found]).sum()
+        found = []
+        for loss, gradients in self._in_order([partial(_gradients, loss, parameters) for loss in losses]):
+            found.append(loss)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is None:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)  # in its layout, which a fused optimizer relies on
+                parameter.grad += gradient
+        return torch.stack(found).sum()
+
+    def _in_order(self, work: Sequence[Callable[[], T]]) -> Iterator[T]:
+        """As `each`, one after the other while later ones are under way: none is kept here once it is told."""
+        if self._pool is None or len(work) == 1:
+            yield from (piece() for piece in work)
+            return
+        pieces: deque[Future[T]] = deque()
+        try:
+            pieces.extend(self._pool.submit(piece) for piece in work)
+            while pieces:
+                done = pieces[0].result()
+                pieces.popleft()
+                yield done
+        finally:
+            for piece in pieces:
+                piece.cancel()
+            wait(pieces)
 
 
 ALONE = Crew(1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -36,6 +38,38 @@ def test_losses_and_gradients_are_those_of_one_pass() -> None:
     for each in learned[1:]:
         for found, expected in zip(each, learned[0], strict=True):
             assert torch.allclose(found, expected)
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do() -> None:
+    """A fused optimizer reads both from first to last, whatever their strides say."""
+    weight = nn.Parameter(torch.arange(24.0).view(2, 3, 4))
+    crew = Crew(2)
+    with crew.at_work():
+        crew.learn([lambda: (weight.permute(2, 0, 1).contiguous() ** 2).sum() for _ in range(2)], [weight])
+        assert weight.grad is not None
+        assert weight.grad.stride() == weight.stride()
+        assert torch.equal(weight.grad, 4 * weight)
+        crew.learn([lambda: weight.sum()] * 2, [weight])  # whose gradient is one number, seen often
+    assert torch.equal(weight.grad, 4 * weight + 2)
+
+
+def test_what_was_told_is_not_kept_until_the_last_piece_is_done() -> None:
+    """Or the gradients of all would be in memory at once."""
+
+    class Large:
+        alive: ClassVar[set[int]] = set()
+
+        def __init__(self) -> None:
+            time.sleep(0.005)
+            self.alive.add(id(self))
+            weakref.finalize(self, self.alive.discard, id(self))
+
+    crew, most = Crew(2), 0
+    with crew.at_work():
+        for made in crew._in_order([Large] * 40):
+            assert id(made) in Large.alive
+            most = max(most, len(Large.alive))
+    assert most < 20
 
 
 def test_gradients_are_added_to_those_that_are_there() -> None:

@@ -88,12 +88,15 @@ def test_so_they_do_wherever_the_first_adapter_stands(
     assert losses(model_of(base, method, **settings), tokens, Means(cache, "base")) == pytest.approx(plain, abs=1e-4)
 
 
-def test_so_they_do_when_threads_share_each_batch(base_of: Callable[[str], Path], cache: TrunkCache) -> None:
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer", "compacter", "lora"])
+def test_so_they_do_when_threads_share_each_batch(
+    base_of: Callable[[str], Path], cache: TrunkCache, method: str
+) -> None:
     base = base_of("bert")
     tokens = tokens_of(base)
-    plain = losses(model_of(base, "houlsby"), tokens, None)
+    plain = losses(model_of(base, method), tokens, None)
     for means in (Means(), Means(cache, "base")):
-        assert losses(model_of(base, "houlsby"), tokens, means, threads=3) == pytest.approx(plain, abs=1e-4)
+        assert losses(model_of(base, method), tokens, means, threads=3) == pytest.approx(plain, abs=1e-4)
 
 
 @pytest.mark.parametrize("method", ["houlsby", "lora"])  # with matrices of attention that are frozen, and that learn
