@@ -190,7 +190,7 @@ class ComputeConfig(Frozen):
     )
     tokens_at_once: Positive | None = Field(
         None,
-        description="at most so many, with padding, learn at once; default: a batch, above trunks on CPUs 1,024 a thread",
+        description="at most so many, with padding, learn at once; default: a batch, above a trunk 1,024 a CPU thread",
     )
     compile: bool = Field(False, description="torch.compile full fine-tuning and what has no kernels of our own")
     job_memory_gb: float = Field(3.0, gt=0, description="jobs run side by side when this much is free for each")
