@@ -132,7 +132,7 @@ def bounded_batches(lengths: npt.NDArray[np.int64], tokens: int) -> Iterator[npt
         start += size
 
 
-def parts(lengths: npt.NDArray[np.int64], tokens: int | None = None, hands: int = 1) -> list[npt.NDArray[np.int64]]:
+def parts(lengths: npt.NDArray[np.int64], tokens: int | None, hands: int = 1) -> list[npt.NDArray[np.int64]]:
     """Places in a batch of what goes through the model at once: all, or what `hands` take, most tokens first.
 
     Each takes as many rows, of like length for the sake of few shapes (see `widened`); all together are at work on at
