@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import pytest
@@ -35,15 +36,18 @@ servers = [pytest.mark.integration, pytest.mark.xdist_group("servers-of-commands
 
 PATIENCE_S = 10
 
-MakeSpec = Callable[[str], JobSpec]
+
+class MakeSpec(Protocol):
+    """Makes the adapter job of the toy task, its data saved in a store; `epochs`: how many, for who stops it early."""
+
+    def __call__(self, store: str, epochs: int | None = None) -> JobSpec: ...
 
 
 @pytest.fixture
 def spec(settings: Settings, tmp_path: Path) -> MakeSpec:
-    """Makes the adapter job of the toy task, its data saved in a store."""
-
-    def make(store: str) -> JobSpec:
-        config: RetrainConfig = settings("jobs", rows=300)
+    def make(store: str, epochs: int | None = None) -> JobSpec:
+        long = {} if epochs is None else {"adapter__schedule__epochs": epochs, "adapter__schedule__patience": epochs}
+        config: RetrainConfig = settings("jobs", rows=300, **long)
         read = sources.read(config.data)
         labels = rows.label_names(read.table, None)
         record = ledger.accept(
@@ -79,7 +83,7 @@ def child() -> psutil.Process:
     "told as such; the next try goes on from the last checkpoint to the same predictions",
 )
 def test_a_killed_job_is_told_apart_and_resumes_to_the_same_predictions(spec: MakeSpec, tmp_path: Path) -> None:
-    task = spec(str(tmp_path / "store"))
+    task = spec(str(tmp_path / "store"), 25)
     epochs: list[int] = []
 
     def kill_after_two_epochs(event: progress.Event) -> None:
@@ -108,7 +112,7 @@ def test_a_job_ends_with_the_flow_that_started_it(spec: MakeSpec, tmp_path: Path
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        follow(spec(str(tmp_path / "store")), tmp_path / "out", interrupt)
+        follow(spec(str(tmp_path / "store"), 100_000), tmp_path / "out", interrupt)
     assert not started[0].is_running()
 
 
@@ -136,7 +140,7 @@ def test_jobs_end_with_a_flow_that_is_interrupted_while_it_submits_others(monkey
 
 def test_a_job_beyond_its_time_is_ended_and_says_so(spec: MakeSpec, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="still running"):
-        jobs.follow(spec(str(tmp_path / "store")), tmp_path / "out", "", "", 0.5 / 3600, ignore)
+        jobs.follow(spec(str(tmp_path / "store"), 100_000), tmp_path / "out", "", "", 0.5 / 3600, ignore)
 
 
 def test_a_failing_job_gives_its_own_line(spec: MakeSpec, tmp_path: Path) -> None:
