@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
 
 from components.adapters import families
 from components.adapters.bottleneck import Bottleneck
@@ -167,6 +170,7 @@ class Encoder:
         self.model, self.plain_until, self.dtype = model, plain_until, dtype
         self._as_written = as_written
         base = _classifier(model)
+        self._body: Any = base.base_model  # all but the head
         self._encoder, matrices, stack = _layers(base)
         self.sublayers = [
             SubLayer(layer, names, place, base.config, matrices, dtype, at_rest)
@@ -176,7 +180,7 @@ class Encoder:
         for each in self.sublayers[-2:]:
             each.last = not as_written
         self.cut = self._find_cut()
-        self._now = threading.local()  # what takes the place of the layers in the forward pass of this thread
+        self._now = threading.local()  # what takes the place of modules in the forward pass of this thread
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -236,14 +240,14 @@ class Encoder:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """For the length of the block the model has this encoder for its own; called as a whole it computes as ever."""
-        self._layers = self._encoder.forward
-        with forward_instead(self._encoder, self._forward):
+        self._whole_body, self._layers = self._body.forward, self._encoder.forward
+        with forward_instead(self._body, self._body_forward), forward_instead(self._encoder, self._forward):
             yield
 
-    def logits(self, tails: Callable[[], torch.Tensor], rows: int) -> torch.Tensor:
-        """What the head makes of the first tokens that `tails` makes, (rows, hidden)."""
-        nothing = torch.zeros(rows, 1, dtype=torch.int64, device=self.model.device)
-        logits: torch.Tensor = self._instead(lambda x: tails().unsqueeze(1), input_ids=nothing).logits
+    def logits(self, tails: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What the head makes of the first tokens that `tails` makes, (rows, hidden): (rows, classes)."""
+        # Embeddings and masks of no tokens would take as long as a sub-layer of few.
+        logits: torch.Tensor = self._instead("body", lambda: tails().unsqueeze(1)).logits
         return logits
 
     def whole(self, packing: Packing, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -253,7 +257,7 @@ class Encoder:
             x = self._through(self.sublayers, self._packed(x, packing), packing)
             return (x if self.sublayers[-1].last else x[packing.firsts]).unsqueeze(1)
 
-        logits: torch.Tensor = self._instead(layers, **inputs).logits
+        logits: torch.Tensor = self._instead("layers", layers, **inputs).logits
         return logits
 
     def states(self, packing: Packing, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -265,7 +269,7 @@ class Encoder:
             return x[:, :1]
 
         with torch.no_grad():
-            self._instead(record, **inputs)
+            self._instead("layers", record, **inputs)
         return made
 
     def tail(self, states: list[torch.Tensor], packing: Packing) -> torch.Tensor:
@@ -300,19 +304,28 @@ class Encoder:
     def _fused(self, packing: Packing) -> bool:
         return packing.width > self.plain_until
 
-    def _instead(self, layers: Callable[[torch.Tensor], torch.Tensor], **inputs: torch.Tensor) -> Any:
-        """A forward pass of the model with something else in the place of its layers."""
-        around, self._now.layers = getattr(self._now, "layers", None), layers
+    def _instead(self, place: str, made: Callable[..., torch.Tensor], **inputs: torch.Tensor) -> Any:
+        """A forward pass of the model with something else in the place of its `layers`, or of its `body`."""
+        around = getattr(self._now, place, None)
+        setattr(self._now, place, made)
         try:
             return self.model(**inputs)
         finally:
-            self._now.layers = around
+            setattr(self._now, place, around)
 
     def _forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         layers = getattr(self._now, "layers", None)
         if layers is None:
             return self._layers(hidden_states, *args, **kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=layers(hidden_states))
+
+    def _body_forward(self, *args: Any, **kwargs: Any) -> Any:
+        tails = getattr(self._now, "body", None)
+        if tails is None:
+            return self._whole_body(*args, **kwargs)
+        x, pooler = tails(), getattr(self._body, "pooler", None)  # which not all families have
+        pooled = None if pooler is None else pooler(x)
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=x, pooler_output=pooled)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class AboveTrunk:
     def logits(self, rows: Rows) -> torch.Tensor:
         with self._precision.autocast():
             states, packing = self.trunk.states(rows)
-            return self._encoder.logits(partial(self._encoder.tail, states, packing), len(rows))
+            return self._encoder.logits(partial(self._encoder.tail, states, packing))
 
 
 class AboveLayers(Whole):
