@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 
 from components.training import onednn
+from components.training.onednn import Matrix
 from components.training.packing import Packing
 
 log = logging.getLogger("adapterline")
@@ -46,35 +47,31 @@ class Attention:
     def __init__(
         self, query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear, heads: int, dtype: torch.dtype
     ) -> None:
-        self.heads, self.hidden = heads, query.out_features
-        self.products = onednn.preferred(query.weight.device, dtype)
+        self.heads, self.hidden, self.dtype = heads, query.out_features, dtype
         scale = (self.hidden // heads) ** -0.5  # of scores; applied once, to what makes the queries
         matrices = (query.weight * scale, key.weight, value.weight)
         biases = (query.bias * scale, key.bias, value.bias)
-        self.qkv = torch.cat([each.detach() for each in matrices]).to(dtype)
-        self.qkv_bias = torch.cat([each.detach() for each in biases]).to(dtype)
-        self.out, self.out_bias = out.weight.detach().to(dtype), out.bias.detach().to(dtype)
+        self.qkv = onednn.frozen(torch.cat(matrices), torch.cat(biases), dtype)
+        self.out = onednn.frozen(out.weight, out.bias, dtype)
 
     def __call__(self, x: torch.Tensor, packing: Packing, first: bool, fused: bool) -> torch.Tensor:
         """first: only for the first token of each row, (rows, hidden).  fused: by torch's fused attention."""
-        x = x.to(self.qkv.dtype)
+        x = x.to(self.dtype)
         if fused and not first:
             return self._fused(x, packing)
         made: torch.Tensor = (_FirstToken if first else _Attention).apply(x, self, packing)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return made
 
     def _fused(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
-        q, k, v = F.linear(x, self.qkv, self.qkv_bias).view(len(x), 3, self.heads, -1).unbind(1)
-        return F.linear(attended(q, k, v, packing, 1.0), self.out, self.out_bias)
+        q, k, v = _product(x, self.qkv).view(len(x), 3, self.heads, -1).unbind(1)
+        return _product(attended(q, k, v, packing, 1.0), self.out)
 
-    @property
-    def key(self) -> torch.Tensor:
-        """(heads, features, hidden), as is `value`."""
-        return self.qkv[self.hidden : 2 * self.hidden].view(self.heads, -1, self.hidden)
-
-    @property
-    def value(self) -> torch.Tensor:
-        return self.qkv[2 * self.hidden :].view(self.heads, -1, self.hidden)
+    @cached_property
+    def apart(self) -> tuple[Matrix, torch.Tensor, torch.Tensor]:
+        """What makes the queries, and the matrices of keys and values, (heads, features, hidden) each."""
+        query, key, value = self.qkv.weight.view(3, self.hidden, self.hidden)
+        shape = (self.heads, -1, self.hidden)
+        return onednn.frozen(query, self.qkv.bias[: self.hidden], self.dtype), key.view(shape), value.view(shape)
 
     def of_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, hidden) as (heads, rows, features)."""
@@ -97,37 +94,36 @@ class FeedForward:
     """The feed-forward up to the end of its second matrix, from the modules of a frozen layer."""
 
     def __init__(self, up: nn.Linear, down: nn.Linear, activation: str, dtype: torch.dtype) -> None:
-        self.products = onednn.preferred(up.weight.device, dtype)
-        self.up, self.up_bias = up.weight.detach().to(dtype), up.bias.detach().to(dtype)
-        self.down, self.down_bias = down.weight.detach().to(dtype), down.bias.detach().to(dtype)
+        self.dtype = dtype
+        self.up, self.down = (onednn.frozen(each.weight, each.bias, dtype) for each in (up, down))
         self.activation, self.derived = ACTIVATIONS[activation]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = _FeedForward.apply(x.to(self.up.dtype), self)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        made: torch.Tensor = _FeedForward.apply(x.to(self.dtype), self)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return made
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
-        q, k, v = own.heads_first(packing.spread(own.products.of(x, own.qkv, own.qkv_bias)))
+        q, k, v = own.heads_first(packing.spread(own.qkv.of(x)))
         p = _probabilities(q, k, own, packing)
         seen = packing.pack(own.heads_last(torch.bmm(p, v).unsqueeze(0)))
         ctx.save_for_backward(q, k, v, p)
         ctx.own, ctx.packing = own, packing
-        return own.products.of(seen, own.out, own.out_bias)
+        return own.out.of(seen)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, p = ctx.saved_tensors
         own, packing = ctx.own, ctx.packing
-        seen = own.heads_first(packing.spread(own.products.back(grad, own.out)))[0]
+        seen = own.heads_first(packing.spread(own.out.back(grad)))[0]
         grads = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
         scores = _through_softmax(seen, v, p)
         torch.bmm(scores, k, out=grads[0])
         torch.bmm(scores.transpose(1, 2), q, out=grads[1])
         torch.bmm(p.transpose(1, 2), seen, out=grads[2])
-        return own.products.back(packing.pack(own.heads_last(grads)), own.qkv), None, None
+        return own.qkv.back(packing.pack(own.heads_last(grads))), None, None
 
 
 class _FirstToken(torch.autograd.Function):
@@ -140,45 +136,62 @@ class _FirstToken(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
-        hidden = own.hidden
-        q = own.of_heads(own.products.of(x[packing.firsts], own.qkv[:hidden], own.qkv_bias[:hidden]))
-        asked = torch.bmm(q, own.key).transpose(0, 1).contiguous()  # (rows, heads, hidden), as are means
+        query, key, value = own.apart
+        q = own.of_heads(query.of(x[packing.firsts]))
+        asked = torch.bmm(q, key).transpose(0, 1).contiguous()  # (rows, heads, hidden), as are means
         x = packing.spread(x)
         scores = torch.bmm(asked, x.transpose(1, 2))
         if packing.mask is not None:
             scores.add_(packing.mask[:, 0])
         p = torch.softmax(scores, -1, out=scores)
         means = torch.bmm(p, x)
-        seen = torch.bmm(means.transpose(0, 1), own.value.transpose(1, 2)).transpose(0, 1).reshape(-1, hidden)
+        seen = torch.bmm(means.transpose(0, 1), value.transpose(1, 2)).transpose(0, 1).reshape(-1, own.hidden)
         ctx.save_for_backward(x, asked, p)
         ctx.own, ctx.packing = own, packing
-        return own.products.of(seen + own.qkv_bias[2 * hidden :], own.out, own.out_bias)
+        return own.out.of(seen + own.qkv.bias[2 * own.hidden :])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, asked, p = ctx.saved_tensors
         own: Attention = ctx.own
-        means = torch.bmm(own.of_heads(own.products.back(grad, own.out)), own.value).transpose(0, 1).contiguous()
+        query, key, value = own.apart
+        means = torch.bmm(own.of_heads(own.out.back(grad)), value).transpose(0, 1).contiguous()
         scores = _through_softmax(means, x, p)
         read = torch.bmm(torch.cat([p, scores], 1).transpose(1, 2), torch.cat([means, asked], 1))
-        q = torch.bmm(torch.bmm(scores, x).transpose(0, 1), own.key.transpose(1, 2))
-        read[:, 0] += q.transpose(0, 1).reshape(-1, own.hidden) @ own.qkv[: own.hidden]
+        q = torch.bmm(torch.bmm(scores, x).transpose(0, 1), key.transpose(1, 2))
+        read[:, 0] += query.back(q.transpose(0, 1).reshape(-1, own.hidden))
         return ctx.packing.pack(read), None, None
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, own: FeedForward) -> torch.Tensor:
-        inner = own.products.of(x, own.up, own.up_bias)
+        inner = own.up.of(x)
         ctx.save_for_backward(inner)
         ctx.own = own
-        return own.products.of(own.activation(inner), own.down, own.down_bias)
+        return own.down.of(own.activation(inner))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (inner,) = ctx.saved_tensors
         own = ctx.own
-        return own.products.back(own.derived(own.products.back(grad, own.down), inner), own.up), None
+        return own.up.back(own.derived(own.down.back(grad), inner)), None
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+        ctx.matrix = matrix
+        return matrix.of(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return ctx.matrix.back(grad), None
+
+
+def _product(x: torch.Tensor, matrix: Matrix) -> torch.Tensor:
+    made: torch.Tensor = _Product.apply(x, matrix)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return made
 
 
 def attended(

@@ -31,6 +31,7 @@ CODE = (
     "training/onednn",
     "training/packing",
     "training/trunk",
+    "training/trunk_cache",
     "adapters",
     "base_model",
 )

@@ -44,8 +44,8 @@ log = logging.getLogger("adapterline")
 class Layout:
     """What is kept of rows: so many states of each token, or of the first one alone.
 
-    In a file they lie as (states, tokens of the rows that are kept, hidden).  lengths: (rows,), tokens of each.  kept:
-    (rows,), is it? None for all.
+    In a file the rows that are kept lie one behind the other, each as (states, its tokens, hidden).  lengths: (rows,),
+    tokens of each.  kept: (rows,), is it? None for all.
     """
 
     lengths: Rows
@@ -104,11 +104,9 @@ class Store:
 
     def write(self, rows: Rows, starts: Rows, states: list[torch.Tensor]) -> None:
         """states: (tokens, hidden) each.  starts: (rows,), where the rows start in them."""
-        for number, state in enumerate(states):
-            for row, start, length in self._parts(rows, starts):
-                content = _bytes(state[start : start + length].contiguous())
-                if os.pwrite(self._file.fileno(), content, self._place(number, row)) != content.nbytes:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+        for content, place in self._parts(rows, starts, states):
+            if os.pwritev(self._file.fileno(), content, place) != _size(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def read(self, rows: Rows, starts: Rows, tokens: int) -> list[torch.Tensor]:
         """(tokens, hidden) each, with zeros where no row is. starts: (rows,), where the rows are to start.
@@ -117,27 +115,21 @@ class Store:
         """
         layout = self.layout
         found = [torch.zeros(tokens, layout.hidden, dtype=layout.dtype) for _ in range(layout.states)]
-        for number, state in enumerate(found):
-            for row, start, length in self._parts(rows, starts):
-                content = _bytes(state[start : start + length])
-                got = os.preadv(self._file.fileno(), [content], self._place(number, row))
-                if got != content.nbytes:
-                    raise self._cut_short(content.nbytes, got)
+        for content, place in self._parts(rows, starts, found):
+            if (got := os.preadv(self._file.fileno(), content, place)) != _size(content):
+                raise self._cut_short(_size(content), got)
         return found
 
-    def _parts(self, rows: Rows, starts: Rows) -> Iterator[tuple[int, int, int]]:
-        """Of each row its number, start and length."""
-        lengths = self.layout.starts[rows + 1] - self.layout.starts[rows]
-        return zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+    def _parts(self, rows: Rows, starts: Rows, states: list[torch.Tensor]) -> Iterator[tuple[list[memoryview], int]]:
+        """Of each row its bytes in all states, and where they are in the file."""
+        token, begins, whole = self.layout.token, self.layout.starts, [_bytes(each.contiguous()) for each in states]
+        places, sizes = begins[rows] * token * len(whole), (begins[rows + 1] - begins[rows]) * token
+        for start, size, place in zip((starts * token).tolist(), sizes.tolist(), places.tolist(), strict=True):
+            yield [each[start : start + size] for each in whole], place
 
     def _cut_short(self, expected: int, found: int) -> StorageError:
         todo = "run the same again: a file that is not whole is computed anew"
         return StorageError(f"{expected} bytes of a row in {self._file.name}", f"{found}", todo)
-
-    def _place(self, state: int, row: int) -> int:
-        """Of a row's first byte."""
-        starts = self.layout.starts
-        return int(state * starts[-1] + starts[row]) * self.layout.token
 
 
 class TrunkCache:
@@ -194,6 +186,10 @@ class TrunkCache:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """Of a contiguous tensor, which shares their memory."""
     return tensor.view(torch.uint8).numpy().data.cast("B")
+
+
+def _size(content: list[memoryview]) -> int:
+    return sum(each.nbytes for each in content)
 
 
 def _whole(path: Path, layout: Layout) -> Store | None:

@@ -11,11 +11,19 @@ from torch import nn
 
 from components.training import frozen, onednn
 from components.training.frozen import Attention, FeedForward, attends_packed
-from components.training.onednn import OneDNN, Products
+from components.training.onednn import LaidOut, Matrix, OneDNN
 from components.training.packing import Packing, takes_packed
 
 HIDDEN, HEADS, LENGTHS = 32, 4, np.array([5, 11, 1])
 CPU = torch.device("cpu")
+LAIDOUT = pytest.param(
+    LaidOut,
+    torch.bfloat16,
+    0.1,
+    marks=pytest.mark.skipif(
+        not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
+    ),
+)
 LAYOUTS = pytest.mark.parametrize("packed", [False, True])
 
 
@@ -111,21 +119,25 @@ def test_where_they_do_not_rows_are_padded_and_why_is_told(
     assert ("no such kernel" if fault == "fails" else "something else") in caplog.text
 
 
+@pytest.mark.parametrize(("kind", "dtype", "close"), [(OneDNN, torch.float32, 1e-5), LAIDOUT])
 @pytest.mark.parametrize("first", [False, True])
-def test_products_by_onednn_change_nothing(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_products_by_onednn_change_nothing(
+    first: bool, fused: bool, kind: type[Matrix], dtype: torch.dtype, close: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     maps = [nn.Linear(HIDDEN, HIDDEN) for _ in range(4)]
     up, down = nn.Linear(HIDDEN, 4 * HIDDEN), nn.Linear(4 * HIDDEN, HIDDEN)
-    packing = layout(LENGTHS, torch.float32, packed=False)
-    given = torch.randn(packing.tokens, HIDDEN)
+    packing = layout(LENGTHS, dtype, packed=False)
+    given = torch.randn(packing.tokens, HIDDEN, dtype=dtype)
     made = []
-    for products in (Products(), OneDNN()):
-        monkeypatch.setattr(onednn, "preferred", lambda device, dtype, products=products: products)
+    for each in (Matrix, kind):
+        monkeypatch.setattr(onednn, "preferred", lambda device, dtype, each=each: each)
         x = given.clone().requires_grad_()
-        attention, forward = Attention(*maps, HEADS, torch.float32), FeedForward(up, down, "gelu", torch.float32)
-        assert attention.products is forward.products is products
-        y = forward(attention(x, packing, first, fused=False))
-        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        attention, forward = Attention(*maps, HEADS, dtype), FeedForward(up, down, "gelu", dtype)
+        assert type(attention.qkv) is type(forward.up) is each
+        y = forward(attention(x, packing, first, fused=fused))
+        (gradient,) = torch.autograd.grad(y.float().square().sum(), x)
         made.append((y.detach(), gradient))
     for ours, torchs in zip(*made, strict=True):
-        assert torch.allclose(ours, torchs, atol=1e-5)
+        assert (ours - torchs).norm() <= close * torchs.norm()

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from components.errors import TrainingError
 from components.training import kernels, measured, onednn
 from components.training.kernels import Kernels, Shape, chosen, shape_of
-from components.training.onednn import OneDNN, Products
+from components.training.onednn import LaidOut, Matrix, OneDNN
 from components.training.precision import arithmetic
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ SHAPE = Shape(hidden=128, inner=256, heads=4)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("ADAPTERLINE_CACHE", str(tmp_path))
     onednn._is_faster.cache_clear()
-    assert isinstance(onednn.preferred(CPU, torch.float32), Products)  # which keeps a record of its own
+    assert issubclass(onednn.preferred(CPU, torch.float32), Matrix)  # which keeps a record of its own
     for record in (tmp_path / "kernels").glob("*"):
         record.unlink()
     yield
@@ -120,30 +120,48 @@ def test_shapes_are_read_in_the_words_of_each_family(family: str, sizes: dict[st
     assert shape_of(AutoConfig.for_model(family, **sizes)) == expected
 
 
+BF16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
+)
+
+
 class TestOneDNN:
-    def test_its_products_are_those_of_torch(self) -> None:
-        x, matrix, bias, grad = torch.randn(7, 48), torch.randn(32, 48), torch.randn(32), torch.randn(7, 32)
-        assert torch.allclose(OneDNN().of(x, matrix, bias), Products().of(x, matrix, bias), atol=1e-5)
-        assert torch.allclose(OneDNN().of(x[::2], matrix, bias), Products().of(x[::2], matrix, bias), atol=1e-5)
-        assert torch.allclose(OneDNN().back(grad, matrix), Products().back(grad, matrix), atol=1e-5)
+    @pytest.mark.parametrize("rows", [0, 1, 7])
+    @pytest.mark.parametrize(
+        ("kind", "dtype"), [(OneDNN, torch.float32), pytest.param(LaidOut, torch.bfloat16, marks=BF16)]
+    )
+    def test_its_products_are_those_of_torch(self, kind: type[Matrix], dtype: torch.dtype, rows: int) -> None:
+        weight, bias = torch.randn(32, 48).to(dtype), torch.randn(32).to(dtype)
+        x, grad = torch.randn(2 * rows, 48).to(dtype), torch.randn(rows, 32).to(dtype)
+        ours, torchs = kind(weight, bias), Matrix(weight, bias)
+        assert torch.equal(ours.weight, weight)
+        for given in (x, x[::2]):
+            assert torch.allclose(ours.of(given), torchs.of(given), rtol=1e-2, atol=1e-5)
+        for _ in range(2):
+            assert torch.allclose(ours.back(grad), torchs.back(grad), rtol=1e-2, atol=1e-5)
 
     @pytest.mark.parametrize("faster", [True, False])
     def test_what_is_faster_is_preferred_and_measured_once(
         self, faster: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         """Once in all processes that share the cache folder."""
-        taken = {OneDNN: 1.0, Products: 2.0 if faster else 1.0}
+        taken = {OneDNN: 1.0, Matrix: 2.0 if faster else 1.0}
         monkeypatch.setattr(measured, "seconds", lambda run: taken[type(run.func.__self__)])
         for _ in range(2):
             onednn._is_faster.cache_clear()
-            assert type(onednn.preferred(CPU, torch.float32)) is (OneDNN if faster else Products)
+            assert onednn.preferred(CPU, torch.float32) is (OneDNN if faster else Matrix)
             monkeypatch.setattr(onednn, "_measure", None)
 
-    def test_in_bfloat16_and_on_gpus_products_are_left_to_torch(self) -> None:
-        for device, dtype in ((CPU, torch.bfloat16), (torch.device("cuda"), torch.float32)):
-            assert type(onednn.preferred(device, dtype)) is Products
+    def test_what_is_bfloat16_here_is_laid_out_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for able in (True, False):
+            monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda able=able: able)
+            assert onednn.preferred(CPU, torch.bfloat16) is (LaidOut if able else Matrix)
+
+    def test_on_gpus_products_are_left_to_torch(self) -> None:
+        for dtype in (torch.bfloat16, torch.float32):
+            assert onednn.preferred(torch.device("cuda"), dtype) is Matrix
 
     def test_builds_of_torch_without_it_do_without(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        onednn._is_faster.cache_clear()
-        assert type(onednn.preferred(CPU, torch.float32)) is Products
+        for dtype in (torch.bfloat16, torch.float32):
+            assert onednn.preferred(CPU, dtype) is Matrix
