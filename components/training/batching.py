@@ -76,7 +76,7 @@ def tokenise(table: Dataset, tokenizer: PreTrainedTokenizerFast, max_tokens: int
     ids: list[pa.Array] = []
     types: list[pa.Array] = []
     cut: list[npt.NDArray[np.int64]] = []
-    for batch in table.iter(batch_size=1_000):
+    for batch in table.iter(batch_size=128):  # what the tokenizer tells of a thousand texts takes 50 MB
         texts, pairs = list(batch["text"]), list(batch["text_pair"]) if "text_pair" in batch else None
         beyond = np.zeros(len(texts), dtype=np.int64)
         with _TOKENISING:

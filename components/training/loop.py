@@ -154,6 +154,7 @@ def fit(
                     if pause.is_over and state.batch < len(batches):
                         with pause:
                             keep(state, False)
+            memory.let_go()
             through.ready_to_check()
             probabilities = predict(model, validation, padding, device, group, through)
             if not np.isfinite(probabilities).all():
@@ -173,6 +174,7 @@ def fit(
             with pause:
                 keep(state, best)
             meter.epoch(state.step, state.epoch, epoch_metrics)
+    memory.let_go()
     return state
 
 

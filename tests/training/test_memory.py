@@ -92,3 +92,27 @@ def test_freed_memory_is_held() -> None:
         )
         made.append(int(done.stdout))
     assert made[0] < made[1] / 10
+
+
+LET_GO = """
+from components.training import memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+memory.hold()
+before = resident()
+made = [bytearray(20 << 20) for _ in range(8)]
+with_all = resident()
+del made[:-1]  # the last one keeps those below it on the heap
+held = resident()
+memory.let_go()
+print(before, with_all, held, resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
+def test_what_is_held_is_let_go_of_when_told() -> None:
+    done = subprocess.run([sys.executable, "-c", LET_GO], capture_output=True, text=True, check=True)
+    before, with_all, held, after = map(int, done.stdout.split())
+    taken = with_all - before
+    assert held - before > 0.9 * taken
+    assert after - before < 0.2 * taken
