@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 # Kernels that are kept: the twenty or so products of a step, for the widths that batches mostly have. Each takes half a
-# MB or more: to keep 512 took 200 MB of MiniLM's training and saved no time, with 128 it took 5 % longer. oneDNN has one
-# cache of them, and torch's layer above it one for each kind and thread, whose entries take more and save next to none.
-KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 192, "LRU_CACHE_CAPACITY": 16}
+# MB or more: MiniLM's training took 70 MB more with 512 of them and was no faster; with 192 it was 5 % slower. oneDNN
+# has one cache of them, and torch's layer above it one for each kind and thread, whose entries take more, for little.
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 320, "LRU_CACHE_CAPACITY": 16}
 # Of glibc's mallopt (man 3 mallopt): what is named, and bytes, of the first the most that it takes.
 MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 1 << 25), (-1, 1 << 25)
 # What Linux tells of a process, and what sets the most memory it took back to what it takes (man 5 proc).
