@@ -24,6 +24,9 @@ from flows import elsewhere
 from tests.conftest import make_base
 from tests.container.running import STORE, Running, running, until
 
+# Epochs of a job that is still at work when it is heard of, something happens to it, and that is heard of, too.
+LONG = 400
+
 pytestmark = [pytest.mark.container, pytest.mark.slow, pytest.mark.xdist_group("container")]
 
 
@@ -85,7 +88,7 @@ def _why(stack: Running) -> str:
 @pytest.mark.fault("kill -9 of a training container", "told as such; tried again, from the last checkpoint in S3")
 def test_a_killed_container_is_told_apart_and_its_job_resumes(stack: Running) -> None:
     config = stack.config("killed")
-    job = stack.spec(config, epochs=100)
+    job = stack.spec(config, epochs=LONG)
     with pytest.raises(elsewhere.JobKilled, match="status 137"):
         stack.follow(config, job, Disturbed(lambda: only_container(stack).kill()))
     until(lambda: ended(stack), "the killed container is removed")
@@ -216,7 +219,7 @@ def _is_first(process: psutil.Process) -> bool:
 )
 def test_a_job_survives_the_death_of(stack: Running, name: str) -> None:
     config = stack.config(f"without-{name}")
-    job = stack.spec(config, epochs=100)
+    job = stack.spec(config, epochs=LONG)
     disturbed = Disturbed(lambda: part(stack, name).send_signal(signal.SIGKILL))
     out = stack.follow(config, job, disturbed)
     assert disturbed.events[-1].epoch >= 2
@@ -240,7 +243,7 @@ def test_a_container_that_dies_while_no_worker_watches_is_found(stack: Running) 
 
 def test_a_second_follower_goes_on_with_the_run_that_is_there(stack: Running) -> None:
     config = stack.config("shared")
-    job = stack.spec(config, epochs=100)
+    job = stack.spec(config, epochs=LONG)
     outs: list[Path] = []
     here = contextvars.copy_context()  # with the address of the server
     other = threading.Thread(target=here.run, args=(lambda: outs.append(stack.follow(config, job)),))
