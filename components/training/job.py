@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import gc
 import shutil
 import sys
 import tempfile
@@ -48,9 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--progress", choices=("bar", "json"), default="bar")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
-    # Nothing in a step is garbage, nor are modules: to look for some each time that 700 objects were made takes 2 % of
-    # a training and a tenth of the imports.
-    gc.set_threshold(100_000, *gc.get_threshold()[1:])
+    memory.collect_rarely()
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)  # of libraries to one another
     group, bar = distributed.ALONE, None

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from components import disk
 from components.errors import AdapterlineError, ConfigError, TrainingError
 from components.frozen import Frozen
-from components.training import job, progress
+from components.training import job, memory, progress
 from components.training.distributed import end_with_parent
 from components.training.material import Shelf
 from components.training.progress import Event
@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("errands", type=Path, help="JSON file: a list of job specs, each with its place")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     options = parser.parse_args(arguments)
+    memory.collect_rarely()
     end_with_parent()  # a worker of Ray that is killed ends no process of its own
     try:
         with progress.notes():

@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from components.training.spec import DataRef
 from tests.conftest import make_base
 from tests.training.toy_jobs import saved_split
+
+BF16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 on this processor"
+)
 
 
 @pytest.fixture(scope="session")
