@@ -1,7 +1,8 @@
 """Threads that share a batch: each takes some of its rows through forward and backward pass, with one core.
 
-On CPUs that beats threads inside each operation, which wait for one another a thousand times a step. Gradients are
-summed in the order in which pieces are given, so the result does not depend on who was faster.
+Where operations take long, as in float32 on CPUs, that beats threads inside each of them, which wait for one another a
+thousand times a step. Gradients are summed in the order in which pieces are given, so the result does not depend on who
+was faster.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ class Crew:
         self._pool: ThreadPoolExecutor | None = None
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """For the length of the block operations are left to the core of the thread that calls them."""
+    def at_work(self, cores: int = 1) -> Iterator[None]:
+        """For the length of the block each of these threads has its share of the cores for an operation, and the thread
+        that calls so many: more than one where it computes while these do not, as torch's helpers stay awake a while.
+        """
         if self.hands == 1:
             yield
             return
         before = torch.get_num_threads()
-        torch.set_num_threads(max(1, before // self.hands))
-        with ThreadPoolExecutor(self.hands, "crew") as self._pool:
+        share = max(1, before // self.hands)
+        torch.set_num_threads(cores)
+        with ThreadPoolExecutor(self.hands, "crew", torch.set_num_threads, (share,)) as self._pool:
             try:
                 yield
             finally:

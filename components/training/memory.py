@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 # MB or more: MiniLM's training took 70 MB more with 512 of them and was no faster; with 192 it was 5 % slower. oneDNN
 # has one cache of them, and torch's layer above it one for each kind and thread, whose entries take more, for little.
 KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 320, "LRU_CACHE_CAPACITY": 16}
-# Of glibc's mallopt (man 3 mallopt): what is named, and bytes, of the first the most that it takes.
-MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 1 << 25), (-1, 1 << 25)
+# Of glibc's mallopt (man 3 mallopt): what is named, and bytes, of the first the most that it takes, of the second more
+# than a step frees.
+MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 1 << 25), (-1, 1 << 30)
 # What Linux tells of a process, and what sets the most memory it took back to what it takes (man 5 proc).
 PROCESS, HIGH_WATER = Path("/proc/self"), "5"
 # What torch writes, on a GPU and on the CPU; it has a class of its own for the first only.

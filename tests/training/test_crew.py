@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ClassVar
 
@@ -126,3 +127,19 @@ def test_one_hand_is_the_thread_that_calls() -> None:
     crew = Crew(1)
     with crew.at_work():
         assert crew.each([threading.get_ident] * 2) == [threading.get_ident()] * 2
+
+
+def test_hands_share_the_cores_and_the_thread_that_calls_has_those_it_asks_for() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for asked in (1, 3):
+            crew = Crew(2)
+            with crew.at_work(asked):
+                assert crew.each([torch.get_num_threads] * 2) == [2, 2]
+                assert torch.get_num_threads() == asked
+            assert torch.get_num_threads() == 4
+            with ThreadPoolExecutor(1) as later:
+                assert later.submit(torch.get_num_threads).result() == 4
+    finally:
+        torch.set_num_threads(before)
