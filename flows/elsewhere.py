@@ -139,6 +139,7 @@ def _attend(
                     run = client.read_flow_run(run.id)
                     told = _relay(client, spec, run, told)
                     if run.state is not None and run.state.is_final():
+                        _hear_out(client, spec, run, told)
                         break
                     if run.state is not None and run.state.is_running():
                         attended = time.monotonic()
@@ -184,6 +185,15 @@ def _relay(client: SyncPrefectClient, spec: JobSpec, run: FlowRun, told: int) ->
         if line.name.startswith("adapterline") or line.level >= logging.ERROR:
             log.log(line.level, "%s | %s", spec.method, line.message.strip())
     return told + len(lines)
+
+
+def _hear_out(client: SyncPrefectClient, spec: JobSpec, run: FlowRun, told: int) -> None:
+    """Pass on what the log of an ended run still tells: it travels in batches, the last of them behind the state."""
+    heard = -1
+    while told > heard:
+        heard = told
+        time.sleep(POLL_S)
+        told = _relay(client, spec, run, told)
 
 
 def _attended(client: SyncPrefectClient, run: FlowRun, since: float) -> float:

@@ -72,9 +72,13 @@ def test_a_retrain_with_both_jobs_in_containers_registers_a_version(stack: Runni
     there = tracking.connect(RegistryConfig())
     version = versions.with_alias(there, "nightly", versions.CANDIDATE)
     assert version is not None
-    with stack.client() as client:
-        logs = client.read_logs(None, limit=200)
-    assert any("pfeiffer |" in line.message and "validation accuracy" in line.message for line in logs)
+
+    def told() -> bool:
+        with stack.client() as client:
+            logs = client.read_logs(None, limit=200)
+        return any("pfeiffer |" in line.message and "validation accuracy" in line.message for line in logs)
+
+    until(told, "what the job in its container told is in the log")
     until(lambda: ended(stack), "finished containers are removed")
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextvars
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import LogCreate, WorkPoolCreate
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Running
+from prefect.states import Completed, Running
 
 from components import base_model, storage
 from components.config import BaseConfig
@@ -107,6 +109,27 @@ def test_what_lies_there_when_the_store_is_back_is_no_sign_of_life(
     monkeypatch.setattr(storage, "exists", lambda uri: bool(found[0] or found.pop(0)))
     monkeypatch.setattr(storage, "read", lambda uri: found.pop(0))
     assert [listener.listen() for _ in range(3)] == [None, None, EVENT]
+
+
+def test_what_the_log_of_a_job_tells_after_its_end_is_heard(
+    client: SyncPrefectClient, spec: JobSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A short job's whole log may come so late."""
+    run = client.create_flow_run(train, parameters={"spec": "", "digest": "", "out": ""}, state=Completed())
+
+    def tell() -> None:
+        with get_client(sync_client=True) as its_own:
+            line = LogCreate(
+                name="adapterline", level=logging.INFO, message="late", timestamp=datetime.now(UTC), flow_run_id=run.id
+            )
+            its_own.create_logs([line])
+
+    late = threading.Timer(elsewhere.POLL_S / 2, contextvars.copy_context().run, (tell,))
+    late.start()
+    with caplog.at_level(logging.INFO, "adapterline"):
+        attend(client, spec, run)
+    late.join()
+    assert "pfeiffer | late" in caplog.text
 
 
 def test_a_silent_job_is_declared_dead(
