@@ -7,13 +7,18 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
+from components.training.batching import LEARNED_AT_ONCE
 from components.training.crew import Crew
+from components.training.passes import passes
+from components.training.precision import Precision
+from tests.training.plain_loop import CPU, model_of, tokens_of
 
 
 def test_losses_and_gradients_are_those_of_one_pass() -> None:
@@ -141,5 +146,18 @@ def test_hands_share_the_cores_and_the_thread_that_calls_has_those_it_asks_for()
             assert torch.get_num_threads() == 4
             with ThreadPoolExecutor(1) as later:
                 assert later.submit(torch.get_num_threads).result() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("low", "hands"), [(False, 2), (True, 1)])
+def test_in_bfloat16_one_thread_learns_with_all_cores(tiny_base: Path, low: bool, hands: int) -> None:
+    before, model, tokens = torch.get_num_threads(), model_of(tiny_base, "pfeiffer"), tokens_of(tiny_base)
+    torch.set_num_threads(2)
+    try:
+        with passes(model, tokens, tokens, 0, CPU, Precision(CPU, low=low), batch=16) as through:
+            assert (through.learners.hands, through.crew.hands) == (hands, 2)
+            assert torch.get_num_threads() == 2 // hands
+            assert through.at_once == 2 * LEARNED_AT_ONCE
     finally:
         torch.set_num_threads(before)
