@@ -217,6 +217,7 @@ def follow_process(
 def _started(command: Sequence[str], errors: IO[str], environment: Mapping[str, str]) -> forks.Process:
     if command[:2] == [sys.executable, "-m"] and command[2] != launch.__name__:  # which starts processes of its own
         return forks.start(command[1:], errors, environment)
+    environment = {**forks.ALLOCATION, **environment}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
 
 

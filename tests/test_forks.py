@@ -74,6 +74,15 @@ def test_it_is_as_if_python_had_started_it(program: Path, tmp_path: Path) -> Non
     assert one["ours"] == [], "nothing of this checkout is there before a version brings its own code"
 
 
+def test_it_takes_memory_as_what_trains_does(tmp_path: Path) -> None:
+    code = "import pyarrow; print(open('/proc/self/environ').read().split('\\0')); print(pyarrow.default_memory_pool())"
+    (tmp_path / "taking.py").write_text(code)
+    environment = {name: value for name, value in os.environ.items() if name not in forks.ALLOCATION}
+    begun, pool = forks.run(["-m", "taking"], environment, str(tmp_path)).stdout.splitlines()
+    assert all(f"{name}={value}" in begun for name, value in forks.ALLOCATION.items())
+    assert "backend_name=system" in pool
+
+
 def test_a_module_is_found_in_the_folder_it_runs_in(tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("if __name__ == '__main__': print(__spec__.name)")
     assert forks.run(["-m", "beside"], os.environ, str(tmp_path)).stdout == "beside\n"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BUCKET = 50
 # Tokens that go through a model at once where nothing is learned, by device: enough to fill the kernels of matrices,
 # few enough for the activations of one layer to take tens of MB on CPUs.
-AT_ONCE = {"cpu": 1024, "cuda": 16_384}
+AT_ONCE = {"cpu": 2048, "cuda": 16_384}
 # And where an adapter learns, for each thread of a CPU: more is no faster there, and keeps more activations.
 LEARNED_AT_ONCE = 1024
 # Held by the thread that tokenises: where texts are cut is a state of the tokenizer, and threads of a server share it.

@@ -29,17 +29,14 @@ class Crew:
         self._pool: ThreadPoolExecutor | None = None
 
     @contextmanager
-    def at_work(self, cores: int = 1) -> Iterator[None]:
-        """For the length of the block each of these threads has its share of the cores for an operation, and the thread
-        that calls so many: more than one where it computes while these do not, as torch's helpers stay awake a while.
-        """
+    def at_work(self) -> Iterator[None]:
+        """For the length of the block each of these threads has its share of the cores for an operation."""
         if self.hands == 1:
             yield
             return
         before = torch.get_num_threads()
-        share = max(1, before // self.hands)
-        torch.set_num_threads(cores)
-        with ThreadPoolExecutor(self.hands, "crew", torch.set_num_threads, (share,)) as self._pool:
+        torch.set_num_threads(max(1, before // self.hands))
+        with ThreadPoolExecutor(self.hands, "crew") as self._pool:
             try:
                 yield
             finally:

@@ -213,8 +213,8 @@ class Learning:
             return loss if beside is None else loss + beside * len(part) / len(mine) / group.size
 
         lengths = np.array([len(train.ids[row]) for row in mine])
-        losses = [partial(loss_of, part) for part in parts(lengths, through.at_once, through.learners.hands)]
-        combined = float(group.combine(through.learners.learn(losses, self._trained), self._trained))
+        losses = [partial(loss_of, part) for part in parts(lengths, through.at_once, through.crew.hands)]
+        combined = float(group.combine(through.crew.learn(losses, self._trained), self._trained))
         nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
         learner.optimizer.step()
         learner.scheduler.step()

@@ -27,6 +27,8 @@ KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 320, "LRU_CACHE_CAPACITY": 16}
 MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 1 << 25), (-1, 1 << 30)
 # What Linux tells of a process, and what sets the most memory it took back to what it takes (man 5 proc).
 PROCESS, HIGH_WATER = Path("/proc/self"), "5"
+# Of a mapped file, in Linux' words: pages that are no longer as on disk.  Of its madvise: such as are may go.
+CHANGED, DONTNEED = ("Anonymous:", "Swap:"), 4
 # What torch writes, on a GPU and on the CPU; it has a class of its own for the first only.
 SIGNS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
 
@@ -72,9 +74,30 @@ def hold() -> None:
 
 
 def let_go() -> None:
-    """Give Linux back what is held and free: for what comes next needs other sizes, as scoring does after training."""
+    """Give Linux back what is held and free: for what comes next needs other sizes, as scoring does after training.
+
+    And the pages of weights that are as in their file, most of which nobody reads again once a trunk is kept: the
+    embeddings, and matrices that were cast.
+    """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        system = ctypes.CDLL(None)
+        system.malloc_trim(0)
+        for begin, end in _unchanged():
+            system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), DONTNEED)
+
+
+def _unchanged() -> Iterator[tuple[int, int]]:
+    """Addresses of mapped files of weights, of which no page was written to."""
+    whole: tuple[int, int] | None = None
+    for line in (PROCESS / "smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            begin, _, end = first.partition("-")
+            whole = (int(begin, 16), int(end, 16)) if line.endswith(".safetensors") else None
+        elif first in CHANGED and rest[0] != "0":
+            whole = None
+        elif first == CHANGED[-1] and whole:
+            yield whole
 
 
 def forget_peak(device: torch.device) -> None:

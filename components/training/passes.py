@@ -135,14 +135,13 @@ def at_rest(model: Any, tokens: Tokens, padding: int, device: torch.device, batc
 @dataclass(frozen=True)
 class Passes:
     """learn: of the rows to train on.  check: of those to validate on, in float32 and for no gradients; None where they
-    go through the model as a whole.  crew: the threads, and `learners` those that learn.  at_once: tokens that learn at
-    once; None for a whole batch.  replaced: modules of the model that `learn` does not call.
+    go through the model as a whole.  crew: the threads.  at_once: tokens that learn at once; None for a whole batch.
+    replaced: modules of the model that `learn` does not call.
     """
 
     learn: Pass
     check: AboveTrunk | AboveLayers | None = None
     crew: Crew = ALONE
-    learners: Crew = ALONE
     at_once: int | None = None
     means: Means = MODEST
     replaced: Collection[nn.Module] = ()
@@ -171,19 +170,19 @@ def passes(
         encoder = Encoder(model, precision.dtype, precision.plain_until)
         judge = encoder if exact is precision else Encoder(model, exact.dtype, exact.plain_until)
         on_cpu = device.type == "cpu"
-        crew = Crew(min(torch.get_num_threads(), max(1, batch // ROWS_EACH)) if on_cpu else 1)
-        # In bfloat16 operations take so little that threads would wait for Python, for up to a fifth of a step.
-        learners = ALONE if precision.low or encoder.draws else crew
-        cores = torch.get_num_threads() if learners is ALONE else 1
+        hands = min(torch.get_num_threads(), max(1, batch // ROWS_EACH)) if on_cpu else 1
+        # In bfloat16 operations take so little that threads would wait for Python, for up to a fifth of a step. None
+        # are kept for what is computed between steps: glibc would hold memory for each of them, a tenth of the job's.
+        crew = ALONE if precision.low or encoder.draws else Crew(hands)
         learn, check = (
             AboveTrunk(Trunk(encoder, train, padding, device, precision)),
             AboveTrunk(Trunk(judge, validation, padding, device, exact)),
         )
-        with encoder.in_place(), judge.in_place() if judge is not encoder else nullcontext(), crew.at_work(cores):
+        with encoder.in_place(), judge.in_place() if judge is not encoder else nullcontext(), crew.at_work():
             if means.cache is not None:
                 learn.trunk.keep(means.cache, means.base, crew, check.trunk.layout.bytes)
-            at_once = means.tokens_at_once or (crew.hands * LEARNED_AT_ONCE if on_cpu else None)
-            yield Passes(learn, check, crew, learners, at_once, means, encoder.replaced)
+            at_once = means.tokens_at_once or (hands * LEARNED_AT_ONCE if on_cpu else None)
+            yield Passes(learn, check, crew, at_once, means, encoder.replaced)
     elif packed := _packed(model, precision, means):
         with packed.in_place():
             yield Passes(ByEncoder(packed, train, padding, device, precision), at_once=means.tokens_at_once)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from components import base_model
+from components import base_model, forks
 from components.config import BaseConfig, TrainingConfig
 from components.methods import LearningRates, Schedule, settings_of
 from components.training.spec import JobSpec, Limits, code_version
@@ -85,6 +85,8 @@ def run(name: str, setup: Setup, epochs: int, seed: int, folder: Path) -> dict[s
         environment = {**os.environ, "OMP_NUM_THREADS": str(setup.threads), "TOKENIZERS_PARALLELISM": "false"}
         # A cache folder of its own, or a second seed would find the trunk that the first one computed.
         environment["ADAPTERLINE_CACHE"] = str((folder / "cache").resolve())
+        if rival.runs == "ours":  # as `flows` starts them
+            environment = {**forks.ALLOCATION, **environment}
         environment[base_model.PATH_VARIABLE] = str(base_model.find(BaseConfig(name=setup.base)).path)
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:

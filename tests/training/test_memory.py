@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from components.errors import OutOfMemory
 from components.training import job, memory
@@ -116,3 +117,41 @@ def test_what_is_held_is_let_go_of_when_told() -> None:
     taken = with_all - before
     assert held - before > 0.9 * taken
     assert after - before < 0.2 * taken
+
+
+WEIGHTS = """
+import mmap, sys
+from pathlib import Path
+import torch
+from safetensors import safe_open
+from components.training import memory
+def resident():
+    return int(open("/proc/self/statm").read().split()[2]) * mmap.PAGESIZE
+file = safe_open(sys.argv[1], framework="pt")
+weights = {name: file.get_tensor(name) for name in file.keys()}
+before = resident()
+sums = [float(each.sum()) for each in weights.values()]
+if sys.argv[2] == "changed":
+    weights["one"][7] = 1000
+read = resident()
+memory.let_go()
+after = resident()
+print(before, read, after, *sums, *(float(each.sum()) for each in weights.values()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is mapped is told by Linux")
+@pytest.mark.parametrize("what", ["unchanged", "changed"])
+def test_weights_are_let_go_of_where_they_are_as_in_their_file(tmp_path: Path, what: str) -> None:
+    """Read again they are the same; those that were written to stay, with what shares their file."""
+    size = 16 << 20
+    made = {"one": torch.ones(size // 4), "other": torch.ones(size // 4)}
+    save_file(made, tmp_path / "weights.safetensors")
+    command = [sys.executable, "-c", WEIGHTS, str(tmp_path / "weights.safetensors"), what]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    before, read, after = map(int, told[:3])
+    assert read - before > 1.8 * size
+    assert (read - after > 1.8 * size) == (what == "unchanged")
+    one, other, one_after, other_after = map(float, told[3:])
+    assert one == other == other_after == size // 4
+    assert one_after == (one if what == "unchanged" else one + 999)
