@@ -27,8 +27,9 @@ KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 320, "LRU_CACHE_CAPACITY": 16}
 MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 1 << 25), (-1, 1 << 30)
 # What Linux tells of a process, and what sets the most memory it took back to what it takes (man 5 proc).
 PROCESS, HIGH_WATER = Path("/proc/self"), "5"
-# Of a mapped file, in Linux' words: pages that are no longer as on disk.  Of its madvise: such as are may go.
-CHANGED, DONTNEED = ("Anonymous:", "Swap:"), 4
+# Of what is mapped, in Linux' words: a file of which each page that is written to becomes the process's own; pages that
+# were.  Of its madvise: those that were not may go.
+OF_A_FILE, CHANGED, DONTNEED = b"rw-p", (b"Anonymous:", b"Swap:"), 4
 # What torch writes, on a GPU and on the CPU; it has a class of its own for the first only.
 SIGNS = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
 
@@ -77,7 +78,7 @@ def let_go() -> None:
     """Give Linux back what is held and free: for what comes next needs other sizes, as scoring does after training.
 
     And the pages of weights that are as in their file, most of which nobody reads again once a trunk is kept: the
-    embeddings, and matrices that were cast.
+    embeddings, and matrices that were cast. To be called while no other thread writes to any.
     """
     with suppress(OSError, AttributeError):
         system = ctypes.CDLL(None)
@@ -87,14 +88,15 @@ def let_go() -> None:
 
 
 def _unchanged() -> Iterator[tuple[int, int]]:
-    """Addresses of mapped files of weights, of which no page was written to."""
+    """Addresses of files, mapped as weights are, of which no page was written to."""
     whole: tuple[int, int] | None = None
-    for line in (PROCESS / "smaps").read_text().splitlines():
+    for line in (PROCESS / "smaps").read_bytes().rstrip().split(b"\n"):
         first, *rest = line.split()
-        if not first.endswith(":"):
-            begin, _, end = first.partition("-")
-            whole = (int(begin, 16), int(end, 16)) if line.endswith(".safetensors") else None
-        elif first in CHANGED and rest[0] != "0":
+        if not first.endswith(b":"):
+            begin, _, end = first.partition(b"-")
+            kind, _, _, inode, *_ = rest
+            whole = (int(begin, 16), int(end, 16)) if kind == OF_A_FILE and inode != b"0" else None
+        elif first in CHANGED and rest[0] != b"0":
             whole = None
         elif first == CHANGED[-1] and whole:
             yield whole

@@ -146,8 +146,9 @@ def test_weights_are_let_go_of_where_they_are_as_in_their_file(tmp_path: Path, w
     """Read again they are the same; those that were written to stay, with what shares their file."""
     size = 16 << 20
     made = {"one": torch.ones(size // 4), "other": torch.ones(size // 4)}
-    save_file(made, tmp_path / "weights.safetensors")
-    command = [sys.executable, "-c", WEIGHTS, str(tmp_path / "weights.safetensors"), what]
+    file = tmp_path / "blob of a hub's cache"
+    save_file(made, file)
+    command = [sys.executable, "-c", WEIGHTS, str(file), what]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     before, read, after = map(int, told[:3])
     assert read - before > 1.8 * size
