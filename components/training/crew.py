@@ -35,8 +35,10 @@ class Crew:
             yield
             return
         before = torch.get_num_threads()
-        torch.set_num_threads(max(1, before // self.hands))
-        with ThreadPoolExecutor(self.hands, "crew") as self._pool:
+        share = max(1, before // self.hands)
+        torch.set_num_threads(share)
+        # Each is told, too: OpenMP gives a new thread all cores, and oneDNN's products ask nobody else.
+        with ThreadPoolExecutor(self.hands, "crew", torch.set_num_threads, (share,)) as self._pool:
             try:
                 yield
             finally:

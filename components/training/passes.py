@@ -172,7 +172,8 @@ def passes(
         on_cpu = device.type == "cpu"
         hands = min(torch.get_num_threads(), max(1, batch // ROWS_EACH)) if on_cpu else 1
         # In bfloat16 operations take so little that threads would wait for Python, for up to a fifth of a step. Nor are
-        # any kept for what comes between steps: glibc would hold memory for each of them, a tenth of the job's.
+        # any kept for what comes between steps: glibc would hold memory for each of them, a tenth of the job's. What is
+        # left to chance must not depend on which thread is first.
         crew = ALONE if precision.low or encoder.draws else Crew(hands)
         learn, check = (
             AboveTrunk(Trunk(encoder, train, padding, device, precision)),

@@ -121,7 +121,6 @@ def test_what_is_held_is_let_go_of_when_told() -> None:
 
 WEIGHTS = """
 import mmap, sys
-from pathlib import Path
 import torch
 from safetensors import safe_open
 from components.training import memory
