@@ -10,6 +10,7 @@ All tensors: x (tokens, hidden), rows packed one behind the other; what is retur
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from functools import cache, cached_property
 from typing import Any
@@ -27,6 +28,7 @@ from components.training.packing import Packing
 log = logging.getLogger("adapterline")
 aten = torch.ops.aten
 
+MOST = 2.0**100
 Derived = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # By transformers' name of the activation: itself, and its gradient from that of its output and from its input. The
 # gradient takes the place of what it is made from, which nothing needs any more.
@@ -41,6 +43,48 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Derived]] =
 }
 
 
+class Softmax:
+    """Of scores in natural units. unit: of them."""
+
+    unit = 1.0
+
+    def of(self, scores: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Of the scores that it is given, in their place, over the last dimension."""
+        given = scores()
+        return torch.softmax(given, -1, out=given)
+
+    def back(self, seen: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        """Gradients of the scores, from those of what was seen, p · v."""
+        grad = torch.bmm(seen, v.transpose(1, 2))
+        through: torch.Tensor = aten._softmax_backward_data.out(grad, p, -1, p.dtype, grad_input=grad)
+        return through
+
+
+class ByPowers(Softmax):
+    """Of scores that are exponents of 2, for bfloat16 on CPUs: half the time, as the largest is not taken off before.
+
+    Where that goes beyond what the numbers can hold, it is computed as ever, from then on.
+    """
+
+    unit = math.log(2)
+
+    def __init__(self) -> None:
+        self._fits = True
+
+    def of(self, scores: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if self._fits:
+            powers = scores().exp2_()
+            sums = powers.sum(-1, keepdim=True)
+            least, most = sums.aminmax()
+            self._fits = bool(1 / MOST < least and most < MOST)
+            if self._fits:
+                return powers.mul_(sums.reciprocal_())
+        return super().of(lambda: scores().mul_(self.unit))
+
+    def back(self, seen: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return super().back(seen * self.unit, v, p)
+
+
 class Attention:
     """Self-attention up to the end of its output matrix, from the modules of a frozen layer."""
 
@@ -48,7 +92,10 @@ class Attention:
         self, query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear, heads: int, dtype: torch.dtype
     ) -> None:
         self.heads, self.hidden, self.dtype = heads, query.out_features, dtype
-        scale = (self.hidden // heads) ** -0.5  # of scores; applied once, to what makes the queries
+        by_powers = dtype == torch.bfloat16 and query.weight.device.type == "cpu"
+        self.softmax = ByPowers() if by_powers else Softmax()
+        # Of scores; applied once, to what makes the queries.
+        scale = (self.hidden // heads) ** -0.5 / self.softmax.unit
         matrices = (query.weight * scale, key.weight, value.weight)
         biases = (query.bias * scale, key.bias, value.bias)
         self.qkv = onednn.frozen(torch.cat(matrices), torch.cat(biases), dtype)
@@ -64,7 +111,7 @@ class Attention:
 
     def _fused(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         q, k, v = _product(x, self.qkv).view(len(x), 3, self.heads, -1).unbind(1)
-        return _product(attended(q, k, v, packing, 1.0), self.out)
+        return _product(attended(q, k, v, packing, self.softmax.unit), self.out)
 
     @cached_property
     def apart(self) -> tuple[Matrix, torch.Tensor, torch.Tensor]:
@@ -119,7 +166,7 @@ class _Attention(torch.autograd.Function):
         own, packing = ctx.own, ctx.packing
         seen = own.heads_first(packing.spread(own.out.back(grad)))[0]
         grads = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
-        scores = _through_softmax(seen, v, p)
+        scores = own.softmax.back(seen, v, p)
         torch.bmm(scores, k, out=grads[0])
         torch.bmm(scores.transpose(1, 2), q, out=grads[1])
         torch.bmm(p.transpose(1, 2), seen, out=grads[2])
@@ -140,10 +187,12 @@ class _FirstToken(torch.autograd.Function):
         q = own.of_heads(query.of(x[packing.firsts]))
         asked = torch.bmm(q, key).transpose(0, 1).contiguous()  # (rows, heads, hidden), as are means
         x = packing.spread(x)
-        scores = torch.bmm(asked, x.transpose(1, 2))
-        if packing.mask is not None:
-            scores.add_(packing.mask[:, 0])
-        p = torch.softmax(scores, -1, out=scores)
+
+        def scores() -> torch.Tensor:
+            found = torch.bmm(asked, x.transpose(1, 2))
+            return found if packing.mask is None else found.add_(packing.mask[:, 0])
+
+        p = own.softmax.of(scores)
         means = torch.bmm(p, x)
         seen = torch.bmm(means.transpose(0, 1), value.transpose(1, 2)).transpose(0, 1).reshape(-1, own.hidden)
         ctx.save_for_backward(x, asked, p)
@@ -156,7 +205,7 @@ class _FirstToken(torch.autograd.Function):
         own: Attention = ctx.own
         query, key, value = own.apart
         means = torch.bmm(own.of_heads(own.out.back(grad)), value).transpose(0, 1).contiguous()
-        scores = _through_softmax(means, x, p)
+        scores = own.softmax.back(means, x, p)
         read = torch.bmm(torch.cat([p, scores], 1).transpose(1, 2), torch.cat([means, asked], 1))
         q = torch.bmm(torch.bmm(scores, x).transpose(0, 1), key.transpose(1, 2))
         read[:, 0] += query.back(q.transpose(0, 1).reshape(-1, own.hidden))
@@ -252,15 +301,12 @@ def _attention_of(
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
     """(rows · heads, width, width); q and k: (rows · heads, width, features)."""
-    scores = torch.bmm(q, k.transpose(1, 2))
-    if packing.mask is not None:
-        by_row = scores.view(packing.rows, own.heads, *scores.shape[1:])
-        by_row[..., packing.shortest :] += packing.mask[..., packing.shortest :]
-    return torch.softmax(scores, -1, out=scores)
 
+    def scores() -> torch.Tensor:
+        found = torch.bmm(q, k.transpose(1, 2))
+        if packing.mask is not None:
+            by_row = found.view(packing.rows, own.heads, *found.shape[1:])
+            by_row[..., packing.shortest :] += packing.mask[..., packing.shortest :]
+        return found
 
-def _through_softmax(seen: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Gradients of the scores from those of what was seen."""
-    grad = torch.bmm(seen, v.transpose(1, 2))
-    through: torch.Tensor = aten._softmax_backward_data.out(grad, p, -1, p.dtype, grad_input=grad)
-    return through
+    return own.softmax.of(scores)
