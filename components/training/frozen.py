@@ -28,7 +28,8 @@ from components.training.packing import Packing
 log = logging.getLogger("adapterline")
 aten = torch.ops.aten
 
-MOST = 2.0**100
+# Of sums of powers of two: below, much of them is lost to underflow, and above they overflow, or their inverse does.
+LEAST, MOST = 2.0**-100, 2.0**126
 Derived = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # By transformers' name of the activation: itself, and its gradient from that of its output and from its input. The
 # gradient takes the place of what it is made from, which nothing needs any more.
@@ -43,48 +44,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], Derived]] =
 }
 
 
-class Softmax:
-    """Of scores in natural units. unit: of them."""
-
-    unit = 1.0
-
-    def of(self, scores: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Of the scores that it is given, in their place, over the last dimension."""
-        given = scores()
-        return torch.softmax(given, -1, out=given)
-
-    def back(self, seen: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        """Gradients of the scores, from those of what was seen, p · v."""
-        grad = torch.bmm(seen, v.transpose(1, 2))
-        through: torch.Tensor = aten._softmax_backward_data.out(grad, p, -1, p.dtype, grad_input=grad)
-        return through
-
-
-class ByPowers(Softmax):
-    """Of scores that are exponents of 2, for bfloat16 on CPUs: half the time, as the largest is not taken off before.
-
-    Where that goes beyond what the numbers can hold, it is computed as ever, from then on.
-    """
-
-    unit = math.log(2)
-
-    def __init__(self) -> None:
-        self._fits = True
-
-    def of(self, scores: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if self._fits:
-            powers = scores().exp2_()
-            sums = powers.sum(-1, keepdim=True)
-            least, most = sums.aminmax()
-            self._fits = bool(1 / MOST < least and most < MOST)
-            if self._fits:
-                return powers.mul_(sums.reciprocal_())
-        return super().of(lambda: scores().mul_(self.unit))
-
-    def back(self, seen: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-        return super().back(seen * self.unit, v, p)
-
-
 class Attention:
     """Self-attention up to the end of its output matrix, from the modules of a frozen layer."""
 
@@ -92,10 +51,10 @@ class Attention:
         self, query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear, heads: int, dtype: torch.dtype
     ) -> None:
         self.heads, self.hidden, self.dtype = heads, query.out_features, dtype
-        by_powers = dtype == torch.bfloat16 and query.weight.device.type == "cpu"
-        self.softmax = ByPowers() if by_powers else Softmax()
-        # Of scores; applied once, to what makes the queries.
-        scale = (self.hidden // heads) ** -0.5 / self.softmax.unit
+        # On CPUs softmax takes half the time in bfloat16 where scores are exponents of two, not of e.
+        self.by_powers = dtype == torch.bfloat16 and query.weight.device.type == "cpu"
+        self.unit = math.log(2) if self.by_powers else 1.0  # of scores
+        scale = (self.hidden // heads) ** -0.5 / self.unit  # applied once, to what makes the queries
         matrices = (query.weight * scale, key.weight, value.weight)
         biases = (query.bias * scale, key.bias, value.bias)
         self.qkv = onednn.frozen(torch.cat(matrices), torch.cat(biases), dtype)
@@ -111,14 +70,17 @@ class Attention:
 
     def _fused(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         q, k, v = _product(x, self.qkv).view(len(x), 3, self.heads, -1).unbind(1)
-        return _product(attended(q, k, v, packing, self.softmax.unit), self.out)
+        return _product(attended(q, k, v, packing, self.unit), self.out)
 
     @cached_property
     def apart(self) -> tuple[Matrix, torch.Tensor, torch.Tensor]:
-        """What makes the queries, and the matrices of keys and values, (heads, features, hidden) each."""
+        """What makes the queries, for scores in units of one, and the matrices of keys and values, (heads, features,
+        hidden) each.
+        """
         query, key, value = self.qkv.weight.view(3, self.hidden, self.hidden)
-        shape = (self.heads, -1, self.hidden)
-        return onednn.frozen(query, self.qkv.bias[: self.hidden], self.dtype), key.view(shape), value.view(shape)
+        shape, bias = (self.heads, -1, self.hidden), self.qkv.bias[: self.hidden]
+        queries = onednn.frozen(query * self.unit, bias * self.unit, self.dtype)
+        return queries, key.view(shape), value.view(shape)
 
     def of_heads(self, x: torch.Tensor) -> torch.Tensor:
         """(rows, hidden) as (heads, rows, features)."""
@@ -166,7 +128,7 @@ class _Attention(torch.autograd.Function):
         own, packing = ctx.own, ctx.packing
         seen = own.heads_first(packing.spread(own.out.back(grad)))[0]
         grads = torch.empty((3, *q.shape), dtype=q.dtype, device=q.device)
-        scores = own.softmax.back(seen, v, p)
+        scores = _through_softmax(seen * own.unit if own.by_powers else seen, v, p)
         torch.bmm(scores, k, out=grads[0])
         torch.bmm(scores.transpose(1, 2), q, out=grads[1])
         torch.bmm(p.transpose(1, 2), seen, out=grads[2])
@@ -187,12 +149,10 @@ class _FirstToken(torch.autograd.Function):
         q = own.of_heads(query.of(x[packing.firsts]))
         asked = torch.bmm(q, key).transpose(0, 1).contiguous()  # (rows, heads, hidden), as are means
         x = packing.spread(x)
-
-        def scores() -> torch.Tensor:
-            found = torch.bmm(asked, x.transpose(1, 2))
-            return found if packing.mask is None else found.add_(packing.mask[:, 0])
-
-        p = own.softmax.of(scores)
+        scores = torch.bmm(asked, x.transpose(1, 2))
+        if packing.mask is not None:
+            scores.add_(packing.mask[:, 0])
+        p = torch.softmax(scores, -1, out=scores)
         means = torch.bmm(p, x)
         seen = torch.bmm(means.transpose(0, 1), value.transpose(1, 2)).transpose(0, 1).reshape(-1, own.hidden)
         ctx.save_for_backward(x, asked, p)
@@ -205,7 +165,7 @@ class _FirstToken(torch.autograd.Function):
         own: Attention = ctx.own
         query, key, value = own.apart
         means = torch.bmm(own.of_heads(own.out.back(grad)), value).transpose(0, 1).contiguous()
-        scores = own.softmax.back(means, x, p)
+        scores = _through_softmax(means, x, p)
         read = torch.bmm(torch.cat([p, scores], 1).transpose(1, 2), torch.cat([means, asked], 1))
         q = torch.bmm(torch.bmm(scores, x).transpose(0, 1), key.transpose(1, 2))
         read[:, 0] += query.back(q.transpose(0, 1).reshape(-1, own.hidden))
@@ -301,12 +261,28 @@ def _attention_of(
 
 def _probabilities(q: torch.Tensor, k: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
     """(rows · heads, width, width); q and k: (rows · heads, width, features)."""
+    if own.by_powers:
+        powers = _scores(q, k, own, packing).exp2_()  # without taking the largest off, which takes as long again
+        sums = powers.sum(-1, keepdim=True)
+        least, most = sums.aminmax()
+        if least > LEAST and most < MOST:
+            return powers.mul_(sums.reciprocal_())
+    scores = _scores(q, k, own, packing)
+    if own.by_powers:
+        scores.mul_(own.unit)
+    return torch.softmax(scores, -1, out=scores)
 
-    def scores() -> torch.Tensor:
-        found = torch.bmm(q, k.transpose(1, 2))
-        if packing.mask is not None:
-            by_row = found.view(packing.rows, own.heads, *found.shape[1:])
-            by_row[..., packing.shortest :] += packing.mask[..., packing.shortest :]
-        return found
 
-    return own.softmax.of(scores)
+def _scores(q: torch.Tensor, k: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
+    scores = torch.bmm(q, k.transpose(1, 2))
+    if packing.mask is not None:
+        by_row = scores.view(packing.rows, own.heads, *scores.shape[1:])
+        by_row[..., packing.shortest :] += packing.mask[..., packing.shortest :]
+    return scores
+
+
+def _through_softmax(seen: torch.Tensor, v: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Gradients of the scores from those of what was seen."""
+    grad = torch.bmm(seen, v.transpose(1, 2))
+    through: torch.Tensor = aten._softmax_backward_data.out(grad, p, -1, p.dtype, grad_input=grad)
+    return through

@@ -136,3 +136,37 @@ def test_products_by_onednn_change_nothing(
         made.append((y.detach(), gradient))
     for ours, torchs in zip(*made, strict=True):
         assert torch.allclose(ours, torchs, atol=1e-5) or (ours - torchs).norm() <= close * torchs.norm()
+
+
+@pytest.mark.parametrize(
+    ("beyond", "most"), [(0.0, frozen.MOST), (0.0, 0.0), (300.0, frozen.MOST), (-300.0, frozen.MOST)]
+)
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_in_bfloat16_is_that_of_float32(
+    first: bool, fused: bool, beyond: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """beyond: what all scores have in common, whose exponential no number holds.  most: that sums may be."""
+    monkeypatch.setattr(frozen, "MOST", most)
+    torch.manual_seed(0)
+    maps = [nn.Linear(HIDDEN, HIDDEN) for _ in range(4)]
+    query, key, *_ = maps
+    with torch.no_grad():
+        for each in (query, key):
+            each.weight.mul_(0.0 if beyond else 3.0)
+            each.bias.fill_(abs(beyond) ** 0.5 * (HIDDEN // HEADS) ** -0.25)
+        key.bias.mul_(-1.0 if beyond < 0 else 1.0)
+    lengths = [LENGTHS.max()] * 3
+    given, made = torch.randn(3 * LENGTHS.max(), HIDDEN), []
+    for dtype in (torch.float32, torch.bfloat16):
+        packing = layout(lengths, dtype, packed=False)
+        places = torch.arange(packing.tokens).view(3, -1)[:, : LENGTHS.max()].flatten()
+        x = torch.zeros(packing.tokens, HIDDEN, dtype=dtype)
+        x[places] = given.to(dtype)
+        x.requires_grad_()
+        y = Attention(*maps, HEADS, dtype)(x, packing, first, fused)
+        y = y if first else y[places]
+        (gradient,) = torch.autograd.grad(y.float().square().sum(), x)
+        made.append((y.detach().float(), gradient[places].float()))
+    for right, low in zip(*made, strict=True):
+        assert (low - right).norm() <= 0.03 * right.norm()
