@@ -31,6 +31,7 @@ from components.adapters.families import Site as Place
 from components.adapters.families import Stack
 from components.adapters.layer import Site
 from components.adapters.parameters import is_adapted
+from components.training.chain import chains, through
 from components.training.end import End
 from components.training.frozen import ACTIVATIONS, Attention, FeedForward, attended, attends_packed
 from components.training.packing import Packing, takes_packed
@@ -122,6 +123,12 @@ class SubLayer:
         return "inside" if _learns(self.norm) else None
 
     @property
+    def end(self) -> End | None:
+        """None where there is more to it."""
+        drops = isinstance(self.exit, nn.Dropout) and self.exit.training and self.exit.p > 0
+        return None if drops else self._end
+
+    @property
     def first(self) -> bool:
         """Does it make states of the first token of each row alone?"""
         return self.last and self.is_attention
@@ -145,8 +152,8 @@ class SubLayer:
 
     def ended(self, h: torch.Tensor, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         """What the next sub-layer reads. h, x: (tokens or rows, hidden)."""
-        if self._end is not None and h.dtype == x.dtype:
-            return self._end(h, x)
+        if self.end is not None and h.dtype == x.dtype:
+            return self.end(h, x)
         h, x = packing.apart(h), packing.apart(x)
         if isinstance(self.exit, Site):
             self.exit.stream.x = x
@@ -276,6 +283,9 @@ class Encoder:
         """(rows, hidden): what the last layer makes of the first tokens."""
         *h, x = states
         begin = self.cut.sublayer
+        rest = self.sublayers[begin:]
+        if h and torch.is_grad_enabled() and chains(rest, self._fused(packing)):
+            return through(rest, h[0], x, packing)
         if h:
             x, begin = self._ended(self.sublayers[begin], h[0], x, packing), begin + 1
         return self._through(self.sublayers[begin:], x, packing)

@@ -1,7 +1,7 @@
-"""The end of a sub-layer with an adapter in it, one node of autograd: gradients of what the adapter learns, and of what
-it reads.
+"""The end of a sub-layer, one node of autograd: gradients of what an adapter in it learns, and of what it reads.
 
-    norm(t + up(f(down(norm(t)))))        t = h + x
+    norm(t)                               t = h + x
+    norm(t + up(f(down(norm(t)))))        with an adapter
 
 So where a bottleneck, with nothing else to it, stands between two passes through the frozen layer norm of its sub-layer
 (Pfeiffer et al. 2021). Composed of modules that is some fifty nodes forth and back, which cast and copy more than they
@@ -41,11 +41,14 @@ PLAIN = {
 
 
 class End:
-    """Of one adapter and the layer norm around it."""
+    """Of a frozen layer norm, with the adapter that it is around, if there is one."""
 
-    def __init__(self, adapter: Bottleneck, norm: nn.LayerNorm) -> None:
-        self.activation, self.derived = ACTIVATIONS[adapter.config.non_linearity]
-        self._maps: list[Any] = [adapter.down, adapter.up]
+    def __init__(self, adapter: Bottleneck | None, norm: nn.LayerNorm) -> None:
+        self._maps: list[Any] = []
+        self.node: Any = _Norm
+        if adapter is not None:
+            self.node, self._maps = _End, [adapter.down, adapter.up]
+            self.activation, self.derived = ACTIVATIONS[adapter.config.non_linearity]
         self._norm, self._weights = norm, (norm.weight.detach(), norm.bias.detach())
 
     @staticmethod
@@ -53,19 +56,24 @@ class End:
         """None where anything else works at this site, or the norm learns. On GPUs norms of few bits have no weights of
         many, which they have here.
         """
-        if not isinstance(site, Site) or type(norm) is not nn.LayerNorm or norm.weight.is_cuda:
+        if type(norm) is not nn.LayerNorm or norm.weight.is_cuda or norm.bias is None:
             return None
-        if norm.bias is None or any(parameter.requires_grad for parameter in norm.parameters()):
+        if any(parameter.requires_grad for parameter in norm.parameters()):
             return None
+        if not isinstance(site, Site) or not site.may_work:
+            return End(None, norm)
         adapter = site.alone
         if not isinstance(adapter, Bottleneck) or adapter.config.non_linearity not in ACTIVATIONS:
             return None
         plain = all(getattr(adapter.config, name) == value for name, value in PLAIN.items())
         return End(adapter, norm) if plain else None
 
+    @property
+    def learned(self) -> list[torch.Tensor]:
+        return [each for linear in self._maps for each in (linear.weight, linear.bias)]
+
     def __call__(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        learned = [each for linear in self._maps for each in (linear.weight, linear.bias)]
-        made: torch.Tensor = _End.apply(self, h, x, *learned)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        made: torch.Tensor = self.node.apply(self, h, x, *self.learned)
         return made
 
     def normed(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,6 +89,21 @@ class End:
             grad, x, self._norm.normalized_shape, *statistics, *self._weights, [True, False, False]
         )[0]
         return made
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: End, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        total = h + x
+        made, *statistics = own.normed(total)
+        ctx.save_for_backward(total, *statistics)
+        ctx.own = own
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad = ctx.own.through_norm(grad, *ctx.saved_tensors)
+        return None, grad, grad
 
 
 class _End(torch.autograd.Function):

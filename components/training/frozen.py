@@ -65,8 +65,12 @@ class Attention:
         x = x.to(self.dtype)
         if fused and not first:
             return self._fused(x, packing)
-        made: torch.Tensor = (_FirstToken if first else _Attention).apply(x, self, packing)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        made: torch.Tensor = self.node(first).apply(x, self, packing)
         return made
+
+    def node(self, first: bool) -> Any:
+        """What computes it where attention is not torch's."""
+        return _FirstToken if first else _Attention
 
     def _fused(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         q, k, v = _product(x, self.qkv).view(len(x), 3, self.heads, -1).unbind(1)
@@ -108,8 +112,11 @@ class FeedForward:
         self.activation, self.derived = ACTIVATIONS[activation]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = _FeedForward.apply(x.to(self.dtype), self)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        made: torch.Tensor = _FeedForward.apply(x.to(self.dtype), self, None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return made
+
+    def node(self, first: bool) -> Any:
+        return _FeedForward
 
 
 class _Attention(torch.autograd.Function):
@@ -174,7 +181,7 @@ class _FirstToken(torch.autograd.Function):
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, own: FeedForward) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, own: FeedForward, packing: Packing | None) -> torch.Tensor:
         inner = own.up.of(x)
         ctx.save_for_backward(inner)
         ctx.own = own
@@ -184,7 +191,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         (inner,) = ctx.saved_tensors
         own = ctx.own
-        return own.up.back(own.derived(own.down.back(grad), inner)), None
+        return own.up.back(own.derived(own.down.back(grad), inner)), None, None
 
 
 class _Product(torch.autograd.Function):

@@ -81,11 +81,25 @@ def test_of_few_bits_it_is_as_near_as_the_modules_are(base: Path, monkeypatch: p
     {"dropout": 0.1}, {"stochastic_depth": 0.1}, {"drop_range": [0, 1]}, {"residual_before_ln": False},
     {"residual_before_ln": "post_add"}, {"original_ln_before": False}, {"original_ln_after": False},
     {"is_parallel": True}, {"phm_layer": True}, {"non_linearity": "tanh"}, {"train_layer_norm": True},
-    {"drop_layers": 2}, {"leave_out": [1]},
 ])  # fmt: skip
 def test_whatever_else_an_end_has_is_left_to_the_modules(base: Path, settings: dict[str, Any]) -> None:
     config = METHODS["pfeiffer"](reduction_factor=2, **settings)
     assert end_of(get_peft_model(full_of(base), config))._end is None
+
+
+@pytest.mark.parametrize("settings", [{"drop_layers": 2}, {"leave_out": [1]}])
+def test_where_no_adapter_works_it_is_the_norm_alone(base: Path, settings: dict[str, Any]) -> None:
+    sublayer = end_of(model_of(base, "pfeiffer", **settings).double())
+    assert sublayer._end is not None
+    assert not sublayer._end.learned
+    h, x = (torch.randn(4, HIDDEN, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    made, right = sublayer._end(h, x), sublayer.norm(h + x)
+    assert torch.allclose(made, right)
+    weights = torch.arange(HIDDEN, dtype=torch.float64)
+    for one, other in zip(
+        *(torch.autograd.grad((each * weights).sum(), [h, x]) for each in (made, right)), strict=True
+    ):
+        assert torch.allclose(one, other)
 
 
 def test_so_are_two_adapters_and_none(base: Path) -> None:
