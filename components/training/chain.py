@@ -34,9 +34,9 @@ def chains(sublayers: Sequence[SubLayer], fused: bool) -> bool:
 
 
 def through(sublayers: Sequence[SubLayer], h: torch.Tensor, x: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """What the last sub-layer makes, with gradients of all that learns in them, of h and of x.
+    """What the last sub-layer makes, with gradients of all that learns in them.
 
-    h: what the first one made of x.
+    h, x: states of a trunk, which need none: what the first sub-layer made of x, and x.
     """
     ends = [each.end for each in sublayers]
     learned = [parameter for end in ends if end for parameter in end.learned]
@@ -51,7 +51,7 @@ class _Chain(torch.autograd.Function):
     ) -> torch.Tensor:
         (_, ctx.end), *rest = links
         own = iter(learned)
-        ctx.of_end, ctx.packing, ctx.rest = Kept(any(ctx.needs_input_grad[2:4])), packing, []
+        ctx.of_end, ctx.packing, ctx.rest = Kept(needed=False), packing, []
         x = _ended(ctx.of_end, ctx.end, h, x, own)
         for sublayer, end in rest:
             node, of_h, of_end = sublayer.frozen.node(sublayer.first), Kept(), Kept()
@@ -63,7 +63,9 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         learned: list[torch.Tensor] = []
-        rest, ctx.rest = ctx.rest, None  # kept no longer than needed: a second time ends in an error, for lack of them
+        rest, ctx.rest = ctx.rest, None
+        if rest is None:
+            raise RuntimeError("expected one backward pass; found a second one, for which nothing is kept")
         while rest:
             first, node, of_h, end, of_end = rest.pop()
             _, grad, _, *own = end.node.backward(of_end, grad)
@@ -74,8 +76,8 @@ class _Chain(torch.autograd.Function):
             else:
                 through_h.add_(grad)
             grad = through_h
-        _, grad, _, *own = ctx.end.node.backward(ctx.of_end, grad)
-        return None, None, *(grad if needed else None for needed in ctx.needs_input_grad[2:4]), *own, *learned
+        _, _, _, *own = ctx.end.node.backward(ctx.of_end, grad)
+        return None, None, None, None, *own, *learned
 
 
 def _ended(kept: Kept, end: Any, h: torch.Tensor, x: torch.Tensor, learned: Any) -> torch.Tensor:

@@ -28,7 +28,7 @@ from components.training.packing import Packing
 log = logging.getLogger("adapterline")
 aten = torch.ops.aten
 
-# Of sums of powers of two: below, much of them is lost to underflow, and above they overflow, or their inverse does.
+# Of sums of powers of two: beyond, bfloat16 does not hold all of their bits, or of their inverse's.
 LEAST, MOST = 2.0**-100, 2.0**126
 Derived = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # By transformers' name of the activation: itself, and its gradient from that of its output and from its input. The

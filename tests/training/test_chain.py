@@ -70,7 +70,7 @@ def test_what_it_kept_is_there_for_one_backward_pass(base: Path) -> None:
     _, own, packing, states = learning(base, "pfeiffer")
     made = own.tail(states, packing).sum()
     made.backward(retain_graph=True)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="one backward pass"):
         made.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
 

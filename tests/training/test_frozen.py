@@ -139,7 +139,8 @@ def test_products_by_onednn_change_nothing(
 
 
 @pytest.mark.parametrize(
-    ("beyond", "most"), [(0.0, frozen.MOST), (0.0, 0.0), (300.0, frozen.MOST), (-300.0, frozen.MOST)]
+    ("beyond", "most"),
+    [(0.0, frozen.MOST), (0.0, 0.0), (300.0, frozen.MOST), (-300.0, frozen.MOST), (-92.0, frozen.MOST)],
 )
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
