@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,4 +41,7 @@ def of_code(*parts: str) -> str:
 
 
 def _sources(place: Path) -> Iterable[Path]:
-    return place.rglob("*.py") if place.is_dir() else [place.with_suffix(".py")]
+    if place.is_dir():
+        return chain(place.rglob("*.py"), place.rglob("*.c"))
+    compiled = place.with_suffix(".c")
+    return [place.with_suffix(".py"), *([compiled] if compiled.is_file() else [])]

@@ -92,6 +92,7 @@ class SubLayer:
         config: Any,
         matrices: Matrices,
         dtype: torch.dtype,
+        compiled: bool,
         at_rest: bool,
     ) -> None:
         """names: of the matrices in here."""
@@ -108,7 +109,7 @@ class SubLayer:
             activation = getattr(config, "hidden_act", None) or config.activation
             if self.is_attention:
                 query, key, value, out = self.modules
-                self.frozen = Attention(query, key, value, out, self.heads, dtype)
+                self.frozen = Attention(query, key, value, out, self.heads, dtype, compiled)
             elif activation in ACTIVATIONS:
                 up, down = self.modules
                 self.frozen = FeedForward(up, down, activation, dtype)
@@ -168,9 +169,16 @@ class Encoder:
     """The layers of one model, with matrices kept in `dtype`."""
 
     def __init__(
-        self, model: Any, dtype: torch.dtype, plain_until: int = 0, at_rest: bool = False, as_written: bool = False
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        plain_until: int = 0,
+        compiled: bool = False,
+        at_rest: bool = False,
+        as_written: bool = False,
     ) -> None:
-        """plain_until: rows of at most so many tokens attend by plain products, others by torch's fused attention.
+        """plain_until: rows of at most so many tokens attend by our own products, others by torch's fused attention.
+        compiled: those of frozen layers by `heads`.
         at_rest: nothing learns for as long as this encoder is used, whatever may do so otherwise.  as_written: what
         passes from one sub-layer to the next is of the model's own dtype, and the last one makes every token.
         """
@@ -180,7 +188,7 @@ class Encoder:
         self._body: Any = base.base_model  # all but the head
         self._encoder, matrices, stack = _layers(base)
         self.sublayers = [
-            SubLayer(layer, names, place, base.config, matrices, dtype, at_rest)
+            SubLayer(layer, names, place, base.config, matrices, dtype, compiled, at_rest)
             for layer in self._encoder.layer
             for names, place in ((matrices.attention, stack.attention), (matrices.output, stack.output))
         ]

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 
 from components.training import onednn
+from components.training.heads import attend, attend_back
 from components.training.onednn import Matrix
 from components.training.packing import Packing
 
@@ -48,9 +49,17 @@ class Attention:
     """Self-attention up to the end of its output matrix, from the modules of a frozen layer."""
 
     def __init__(
-        self, query: nn.Linear, key: nn.Linear, value: nn.Linear, out: nn.Linear, heads: int, dtype: torch.dtype
+        self,
+        query: nn.Linear,
+        key: nn.Linear,
+        value: nn.Linear,
+        out: nn.Linear,
+        heads: int,
+        dtype: torch.dtype,
+        compiled: bool = False,
     ) -> None:
-        self.heads, self.hidden, self.dtype = heads, query.out_features, dtype
+        """compiled: by `heads`, where it `fits`."""
+        self.heads, self.hidden, self.dtype, self.compiled = heads, query.out_features, dtype, compiled
         # On CPUs softmax takes a quarter to a half less in bfloat16 where scores are exponents of two, not of e.
         self.by_powers = dtype == torch.bfloat16 and query.weight.device.type == "cpu"
         self.unit = math.log(2) if self.by_powers else 1.0  # of scores
@@ -70,7 +79,9 @@ class Attention:
 
     def node(self, first: bool) -> Any:
         """What computes it where attention is not torch's."""
-        return _FirstToken if first else _Attention
+        if first:
+            return _FirstToken
+        return _Heads if self.compiled else _Attention
 
     def _fused(self, x: torch.Tensor, packing: Packing) -> torch.Tensor:
         q, k, v = _product(x, self.qkv).view(len(x), 3, self.heads, -1).unbind(1)
@@ -140,6 +151,23 @@ class _Attention(torch.autograd.Function):
         torch.bmm(scores.transpose(1, 2), q, out=grads[1])
         torch.bmm(p.transpose(1, 2), seen, out=grads[2])
         return own.qkv.back(packing.pack(own.heads_last(grads))), None, None
+
+
+class _Heads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, own: Attention, packing: Packing) -> torch.Tensor:
+        qkv = own.qkv.of(x)
+        seen, norms = attend(qkv, packing, own.heads)
+        ctx.save_for_backward(qkv, norms)
+        ctx.own, ctx.packing = own, packing
+        return own.out.of(seen)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        own: Attention = ctx.own
+        qkv, norms = ctx.saved_tensors
+        made = attend_back(qkv, norms, own.out.back(grad), ctx.packing, own.heads)
+        return own.qkv.back(made), None, None
 
 
 class _FirstToken(torch.autograd.Function):
@@ -284,7 +312,8 @@ def _scores(q: torch.Tensor, k: torch.Tensor, own: Attention, packing: Packing) 
     scores = torch.bmm(q, k.transpose(1, 2))
     if packing.mask is not None:
         by_row = scores.view(packing.rows, own.heads, *scores.shape[1:])
-        by_row[..., packing.shortest :] += packing.mask[..., packing.shortest :]
+        shortest = int(packing.lengths.min())  # before which it masks nothing
+        by_row[..., shortest:] += packing.mask[..., shortest:]
     return scores
 
 

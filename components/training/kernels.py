@@ -17,11 +17,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from components.training import measured
+from components.training import heads, measured
 from components.training.frozen import Attention, FeedForward
 from components.training.packing import Packing
 
 WIDTHS = (64, 128, 256, 512)
+USUAL = 128
 INNER = ("intermediate_size", "hidden_dim", "n_inner", "d_ff", "encoder_ffn_dim")
 ROWS = 4
 # Below this hidden size what counts is how many operations there are, and every choice is a matter of chance.
@@ -51,20 +52,22 @@ def shape_of(config: Any) -> Shape:
 
 @dataclass(frozen=True)
 class Kernels:
-    """bfloat16: or else float32.  …_until: the widest texts, in tokens, for which our plain attention, or torch's, is
-    faster than torch's fused one; 0 for none.
+    """bfloat16: or else float32.  …_until: the widest texts, in tokens, for which our own attention, or torch's plain
+    one, is faster than torch's fused one; 0 for none.  compiled: ours by `heads`.
     """
 
     bfloat16: bool
     plain_until: int
     math_until: int
+    compiled: bool = False
 
 
 def chosen(device: torch.device, shape: Shape, precisions: tuple[torch.dtype, ...]) -> Kernels:
     """precisions: one that is asked for, or several to choose from."""
     if shape.hidden < SMALL:
         return Kernels(precisions == (torch.bfloat16,), WIDTHS[-1], 0)
-    about = [asdict(shape), [str(each) for each in precisions]]
+    able = heads.fits(device, precisions[0], shape.hidden // shape.heads)
+    about = [asdict(shape), [str(each) for each in precisions], able]
     return measured.kept(device, about, Kernels, lambda: measure(device, shape, precisions))
 
 
@@ -79,9 +82,13 @@ def measure(device: torch.device, shape: Shape, precisions: tuple[torch.dtype, .
         dtype = precisions[0]
         if len(precisions) > 1:
             dtype = min(precisions, key=lambda each: measured.seconds(_feed_forward(shape, each)))
-        fused = _attention(shape, dtype, fused=True)
-        plain = _until(_attention(shape, dtype, fused=False), fused)
-        return Kernels(dtype == torch.bfloat16, plain, _until(_composed(shape, dtype), fused))
+        fused, own = (_attention(shape, dtype, fused=each) for each in (True, False))
+        compiled = False
+        if heads.fits(device, dtype, shape.hidden // shape.heads):
+            by_heads = _attention(shape, dtype, fused=False, compiled=True)
+            if compiled := measured.is_faster(by_heads(USUAL), own(USUAL)):
+                own = by_heads
+        return Kernels(dtype == torch.bfloat16, _until(own, fused), _until(_composed(shape, dtype), fused), compiled)
 
 
 def _until(one: Callable[[int], Any], other: Callable[[int], Any]) -> int:
@@ -100,9 +107,11 @@ def _feed_forward(shape: Shape, dtype: torch.dtype) -> Callable[[], None]:
     return partial(_both_ways, lambda: own(x))
 
 
-def _attention(shape: Shape, dtype: torch.dtype, fused: bool) -> Callable[[int], Callable[[], None]]:
+def _attention(
+    shape: Shape, dtype: torch.dtype, fused: bool, compiled: bool = False
+) -> Callable[[int], Callable[[], None]]:
     query, key, value, out = (nn.Linear(shape.hidden, shape.hidden) for _ in range(4))
-    own = Attention(query, key, value, out, shape.heads, dtype)
+    own = Attention(query, key, value, out, shape.heads, dtype, compiled)
 
     def of(width: int) -> Callable[[], None]:
         packing = Packing.of(np.array([width - 1] + [width] * (ROWS - 1)), dtype, torch.device("cpu"))

@@ -17,7 +17,14 @@ from components.errors import StorageError
 
 T = TypeVar("T")
 
-CODE = ("training/frozen", "training/kernels", "training/measured", "training/onednn", "training/packing")
+CODE = (
+    "training/frozen",
+    "training/heads",
+    "training/kernels",
+    "training/measured",
+    "training/onednn",
+    "training/packing",
+)
 TIMES = 2
 # What is measured by chance as a little faster is not worth another rounding.
 CLEARLY = 0.9

@@ -23,18 +23,18 @@ class Packing:
     FlashAttention takes them so (Dao 2023). Otherwise they are padded, and there are few shapes, which on CPUs matters
     more (see `batching.widened`). What is no token is seen by nobody, and its gradients are zero.
 
-    starts: (rows,), place of each row's first token, and `firsts` the same on the device.  mask: (rows, 1, 1, width),
-    added to scores; None where all rows are full.  shortest: length of a row, before which no mask masks anything.
+    lengths: (rows,), tokens of each.  starts: (rows,), place of the first, and `firsts` the same on the device.
+    mask: (rows, 1, 1, width), added to scores; None where all rows are full.
     """
 
     rows: int
     width: int
     tokens: int
+    lengths: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
     firsts: torch.Tensor
     mask: torch.Tensor | None
     packed: Packed | None
-    shortest: int = 0
 
     @staticmethod
     def of(lengths: npt.NDArray[np.int64], dtype: torch.dtype, device: torch.device, packed: bool = False) -> Packing:
@@ -59,7 +59,7 @@ class Packing:
             mask = torch.zeros(beyond.shape, dtype=dtype, device=device)
             mask = mask.masked_fill_(beyond, torch.finfo(dtype).min)[:, None, None, :]
         firsts = torch.from_numpy(starts).to(device)
-        return Packing(rows, len(column), tokens, starts, firsts, mask, places, int(lengths.min()))
+        return Packing(rows, len(column), tokens, lengths, starts, firsts, mask, places)
 
     @property
     def allowed(self) -> torch.Tensor | None:

@@ -167,7 +167,7 @@ def passes(
     """How batches go through the model while it learns. model: in training mode.  batch: rows of one."""
     exact = precision if not precision.low else Precision(device, low=False)
     if Encoder.fits(model):
-        encoder = Encoder(model, precision.dtype, precision.plain_until)
+        encoder = Encoder(model, precision.dtype, precision.plain_until, precision.compiled)
         judge = encoder if exact is precision else Encoder(model, exact.dtype, exact.plain_until)
         on_cpu = device.type == "cpu"
         hands = min(torch.get_num_threads(), max(1, batch // ROWS_EACH)) if on_cpu else 1

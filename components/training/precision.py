@@ -17,14 +17,15 @@ from components.training.kernels import Shape
 
 @dataclass(frozen=True)
 class Precision:
-    """low: bfloat16.  plain_until, math_until: texts of so many tokens at most attend by our plain products, or by
-    torch's, for which its fused attention is slower.
+    """low: bfloat16.  plain_until, math_until: texts of so many tokens at most attend by our own products, or by plain
+    ones of torch, for which its fused attention is slower.  compiled: ours by `heads`.
     """
 
     device: torch.device
     low: bool
     plain_until: int = 0
     math_until: int = 0
+    compiled: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,7 +75,7 @@ def arithmetic(device: torch.device, precision: str, shape: Shape) -> Precision:
         )
     wanted = {"auto": (torch.bfloat16, torch.float32), "bf16": (torch.bfloat16,), "fp32": (torch.float32,)}[precision]
     found = kernels.chosen(device, shape, wanted if able else (torch.float32,))
-    return Precision(device, found.bfloat16, found.plain_until, found.math_until)
+    return Precision(device, found.bfloat16, found.plain_until, found.math_until, found.compiled)
 
 
 def cpu_has_bf16() -> bool:

@@ -27,6 +27,7 @@ CODE = (
     "training/encoder",
     "training/end",
     "training/frozen",
+    "training/heads",
     "training/layered",
     "training/onednn",
     "training/packing",

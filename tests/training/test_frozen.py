@@ -24,6 +24,12 @@ def layout(lengths: Any, dtype: torch.dtype, packed: bool) -> Packing:
     return Packing.of(np.asarray(lengths), dtype, CPU, packed)
 
 
+def alone_of(tokens: int) -> Packing:
+    """Of one row without padding."""
+    first = torch.zeros(1, dtype=torch.int64)
+    return Packing(1, tokens, tokens, np.array([tokens]), np.zeros(1, np.int64), first, None, None)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("first", [False, True])
@@ -43,9 +49,7 @@ def test_what_is_no_token_is_seen_by_nobody(first: bool, fused: bool, packed: bo
     assert x.grad is not None
     for index, (row, place) in enumerate(zip(rows, places, strict=True)):
         row.requires_grad_()
-        alone = own(
-            row, Packing(1, len(row), len(row), np.zeros(1, int), torch.zeros(1, dtype=int), None, None), first, fused
-        )  # type: ignore[arg-type]
+        alone = own(row, alone_of(len(row)), first, fused)
         alone.float().sum().backward()
         assert torch.allclose(made[index] if first else made[place], alone[0] if first else alone, atol=0.02)
         assert row.grad is not None

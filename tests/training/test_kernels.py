@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from components.errors import TrainingError
-from components.training import kernels, measured, onednn
+from components.training import heads, kernels, measured, onednn
 from components.training.kernels import Kernels, Shape, chosen, shape_of
 from components.training.onednn import LaidOut, Matrix, OneDNN
 from components.training.precision import arithmetic
@@ -28,6 +28,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setenv("ADAPTERLINE_CACHE", str(tmp_path))
     onednn._is_faster.cache_clear()
     assert issubclass(onednn.preferred(CPU, torch.float32), Matrix)  # which keeps a record of its own
+    heads.library()  # which keeps a file
     for record in (tmp_path / "kernels").glob("*"):
         record.unlink()
     yield
@@ -93,18 +94,27 @@ def test_the_random_state_and_the_threads_are_left_as_they_were() -> None:
     assert torch.get_num_threads() == threads
 
 
-def test_the_faster_way_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("by_heads", "expected"),
+    [
+        ("nowhere", Kernels(bfloat16=False, plain_until=128, math_until=0)),
+        ("slow", Kernels(bfloat16=False, plain_until=128, math_until=0)),
+        ("fastest", Kernels(bfloat16=False, plain_until=512, math_until=0, compiled=True)),
+    ],
+)
+def test_the_faster_way_is_chosen(by_heads: str, expected: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds by what is run: bfloat16 the slower, plain attention the faster up to 128 tokens."""
-    seconds = {"other": 1.0, "fast": 0.5, "slow": 2.0}
+    seconds = {"other": 1.0, "fast": 0.5, "fastest": 0.25, "slow": 2.0}
     monkeypatch.setattr(measured, "seconds", lambda run: seconds[run])
     monkeypatch.setattr(kernels, "_feed_forward", lambda shape, dtype: "slow" if dtype == torch.bfloat16 else "other")
 
-    def attention(shape: Shape, dtype: torch.dtype, fused: bool) -> object:
-        return lambda width: "other" if fused else "fast" if width <= 128 else "slow"
+    def attention(shape: Shape, dtype: torch.dtype, fused: bool, compiled: bool = False) -> object:
+        return lambda width: "other" if fused else by_heads if compiled else "fast" if width <= 128 else "slow"
 
     monkeypatch.setattr(kernels, "_attention", attention)
+    monkeypatch.setattr(heads, "fits", lambda device, dtype, features: by_heads != "nowhere")
     monkeypatch.setattr(kernels, "_composed", lambda shape, dtype: lambda width: "other")
-    assert kernels.measure(CPU, SHAPE, BOTH) == Kernels(bfloat16=False, plain_until=128, math_until=0)
+    assert kernels.measure(CPU, SHAPE, BOTH) == expected
 
 
 @pytest.mark.parametrize(
