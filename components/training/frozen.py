@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812  # as everybody calls it
 
 from components.training import onednn
-from components.training.heads import attend, attend_back
+from components.training.heads import attend, attend_back, fits
 from components.training.onednn import Matrix
 from components.training.packing import Packing
 
@@ -58,8 +59,9 @@ class Attention:
         dtype: torch.dtype,
         compiled: bool = False,
     ) -> None:
-        """compiled: by `heads`, where it `fits`."""
-        self.heads, self.hidden, self.dtype, self.compiled = heads, query.out_features, dtype, compiled
+        """compiled: by `heads`, where that fits."""
+        self.heads, self.hidden, self.dtype = heads, query.out_features, dtype
+        self.compiled = compiled and fits(query.weight.device, dtype, self.hidden // heads)
         # On CPUs softmax takes a quarter to a half less in bfloat16 where scores are exponents of two, not of e.
         self.by_powers = dtype == torch.bfloat16 and query.weight.device.type == "cpu"
         self.unit = math.log(2) if self.by_powers else 1.0  # of scores
@@ -163,6 +165,7 @@ class _Heads(torch.autograd.Function):
         return own.out.of(seen)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         own: Attention = ctx.own
         qkv, norms = ctx.saved_tensors

@@ -19,7 +19,6 @@
 #define TILE 8   /* rows of a tile */
 #define LANES 16 /* sums that a register holds; there are two beside each other */
 #define WIDE (2 * LANES)
-#define TASKS 4 /* that a thread takes at a time */
 #define LN_2 0.6931471806f
 
 typedef uint16_t half; /* the bits of a bfloat16 */
@@ -192,8 +191,7 @@ static void backward(const half *q, const half *k, const half *v, const half *gr
     float *shares = piece(&space, strip), *changes = piece(&space, strip);
     half *narrowed = piece(&space, strip);
     pair *shares_by_token = piece(&space, square), *changes_by_token = piece(&space, square);
-    float means[TILE], ones[TILE], units[TILE];
-    for (int r = 0; r < TILE; r++) ones[r] = 1, units[r] = LN_2;
+    float means[TILE], ones[TILE] = {1, 1, 1, 1, 1, 1, 1, 1};
 
     by_token(rows_of(q, at.tokens, at, queries), at, queries_by_token);
     by_token(rows_of(grad, at.hidden, at, grads), at, grads_by_token);
@@ -218,6 +216,7 @@ static void backward(const half *q, const half *k, const half *v, const half *gr
             }
             means[r] = _mm512_reduce_add_ps(sum);
         }
+        __m512 unit = _mm512_set1_ps(LN_2);
         for (int r = 0; r < TILE; r += 2) { /* two queries make pairs */
             float *share = shares + (long)r * at.filled, *change = changes + (long)r * at.filled;
             half *narrow_row = narrowed + (long)r * at.filled;
@@ -227,7 +226,8 @@ static void backward(const half *q, const half *k, const half *v, const half *gr
                 __m512 one = _mm512_load_ps(share + j), two = _mm512_load_ps(share + at.filled + j);
                 __m512 of_one = _mm512_sub_ps(_mm512_load_ps(change + j), _mm512_set1_ps(means[r]));
                 __m512 of_two = _mm512_sub_ps(_mm512_load_ps(change + at.filled + j), _mm512_set1_ps(means[r + 1]));
-                __m256i score = narrow(_mm512_mul_ps(one, of_one)), next = narrow(_mm512_mul_ps(two, of_two));
+                __m256i score = narrow(_mm512_mul_ps(_mm512_mul_ps(one, unit), of_one));
+                __m256i next = narrow(_mm512_mul_ps(_mm512_mul_ps(two, unit), of_two));
                 _mm256_store_si256((__m256i *)(narrow_row + j), score);
                 _mm256_store_si256((__m256i *)(narrow_row + at.filled + j), next);
                 _mm512_store_si512(change_row + j, paired(score, next));
@@ -236,13 +236,13 @@ static void backward(const half *q, const half *k, const half *v, const half *gr
         }
         for (int f = 0; f < at.features; f += WIDE)
             product_narrow((pair *)narrowed, at.filled / 2, 1, at.filled / 2, keys_by_token + f, at.features,
-                           of_q + i * at.tokens + f, at.tokens, there, units);
+                           of_q + i * at.tokens + f, at.tokens, there, ones);
     }
     for (int j = 0; j < at.length; j += TILE) {
         int there = at.length - j < TILE ? at.length - j : TILE;
         for (int f = 0; f < at.features; f += WIDE) {
             product_narrow(changes_by_token + j, 1, at.filled, tiled / 2, queries_by_token + f, at.features,
-                           of_k + j * at.tokens + f, at.tokens, there, units);
+                           of_k + j * at.tokens + f, at.tokens, there, ones);
             product_narrow(shares_by_token + j, 1, at.filled, tiled / 2, grads_by_token + f, at.features,
                            of_v + j * at.tokens + f, at.tokens, there, ones);
         }
@@ -264,7 +264,7 @@ static Head head_of(long length, int heads, int features) {
 
 void attend(const half *qkv, const int64_t *first, const int64_t *length, int rows, int heads, int features, half *seen,
             float *norms, char *spaces, int64_t space, int threads) {
-#pragma omp parallel for schedule(dynamic, TASKS) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int task = 0; task < rows * heads; task++) {
         Head at = head_of(length[task / heads], heads, features);
         long token = first[task / heads], place = (long)(task % heads) * features;
@@ -277,7 +277,7 @@ void attend(const half *qkv, const int64_t *first, const int64_t *length, int ro
 /* grads: of seen.  made: of qkv, as it lies. */
 void attend_back(const half *qkv, const int64_t *first, const int64_t *length, int rows, int heads, int features,
                  const half *grads, const float *norms, half *made, char *spaces, int64_t space, int threads) {
-#pragma omp parallel for schedule(dynamic, TASKS) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int task = 0; task < rows * heads; task++) {
         Head at = head_of(length[task / heads], heads, features);
         long token = first[task / heads], place = (long)(task % heads) * features;

@@ -66,7 +66,7 @@ def chosen(device: torch.device, shape: Shape, precisions: tuple[torch.dtype, ..
     """precisions: one that is asked for, or several to choose from."""
     if shape.hidden < SMALL:
         return Kernels(precisions == (torch.bfloat16,), WIDTHS[-1], 0)
-    able = heads.fits(device, precisions[0], shape.hidden // shape.heads)
+    able = heads.may_fit(device, precisions[0], shape.hidden // shape.heads)
     about = [asdict(shape), [str(each) for each in precisions], able]
     return measured.kept(device, about, Kernels, lambda: measure(device, shape, precisions))
 

@@ -18,10 +18,10 @@ from components.errors import OutOfMemory
 if TYPE_CHECKING:
     import torch
 
-# Kernels that are kept: the twenty or so products of a step, for the widths that batches mostly have. Each takes half a
-# MB or more: MiniLM's training took 70 MB more with 512 of them and was no faster; with 192 it was 5 % slower. oneDNN
-# has one cache of them, and torch's layer above it one for each kind and thread, whose entries take more, for little.
-KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 320, "LRU_CACHE_CAPACITY": 16}
+# Kernels that are kept: the twenty or so products of a step, for all widths that batches have. Each takes a tenth of a
+# MB or more: with 320 of them MiniLM's training takes 50 MB less, and 5 % longer. oneDNN has one cache of them, and
+# torch's layer above it one for each kind and thread, whose entries take more, for little.
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 640, "LRU_CACHE_CAPACITY": 16}
 # Of glibc's mallopt (man 3 mallopt): what is named, and bytes, of the first the most that it takes, of the second more
 # than a step frees.
 MMAP_THRESHOLD, TRIM_THRESHOLD = (-3, 1 << 25), (-1, 1 << 30)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,12 +27,12 @@ COMPILER = pytest.mark.skipif(not shutil.which("cc"), reason="there is no C comp
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache folder in which nothing was compiled yet."""
-    monkeypatch.setenv("ADAPTERLINE_CACHE", str(tmp_path))
-    heads.library.cache_clear()
-    yield tmp_path
-    heads.library.cache_clear()
+def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing was compiled yet."""
+    monkeypatch.delenv("CC", raising=False)
+    heads._library.cache_clear()
+    yield
+    heads._library.cache_clear()
 
 
 def both_ways(
@@ -41,7 +42,7 @@ def both_ways(
     dtype = attention.dtype
     packing = Packing.of(np.array(lengths), dtype, CPU)
     there = np.concatenate([start + np.arange(length) for start, length in zip(packing.starts, lengths, strict=True)])
-    x = torch.full((packing.tokens, attention.hidden), 3.0, dtype=dtype)
+    x = torch.full((packing.tokens, attention.hidden), 3.0 if dtype == torch.float32 else torch.nan, dtype=dtype)
     x[there] = given.to(dtype)
     x.requires_grad_()
     made = attention(x, packing, first=False, fused=False)
@@ -66,7 +67,7 @@ def exactly(qkv: torch.Tensor, lengths: list[int], grad: torch.Tensor) -> tuple[
 
 @HERE
 @COMPILER
-@pytest.mark.parametrize("features", [32, 64, 96])
+@pytest.mark.parametrize("features", [32, 64, 96, 128])
 @pytest.mark.parametrize("sharp", [0.0, 0.3, 2.0, 30.0])
 @pytest.mark.parametrize("lengths", [[1], [16, 16], [5, 1, 8], [31, 33, 32], [64, 40], [257, 130, 200]])
 def test_it_is_attention_to_the_rounding_of_bfloat16(features: int, sharp: float, lengths: list[int]) -> None:
@@ -81,9 +82,11 @@ def test_it_is_attention_to_the_rounding_of_bfloat16(features: int, sharp: float
     )
     seen, norms = heads.attend(qkv, packing, 2)
     gradients = heads.attend_back(qkv, norms, grad, packing, 2)
-    for right, ours in zip(exactly(qkv, lengths, grad), (seen, gradients), strict=True):
-        assert (ours - right).norm() <= 0.006 * right.norm()
-        assert (ours - right).abs().max() <= 0.02 * right.abs().max()
+    exact, of_exact = exactly(qkv, lengths, grad)
+    parts = zip(of_exact.chunk(3, 1), gradients.chunk(3, 1), strict=True)  # of queries, keys and values
+    for right, ours in ((exact, seen), *parts):
+        # Where queries see one key each, gradients of scores are what rounding leaves of differences.
+        assert (ours - right).norm() <= 0.006 * max(right.norm(), 0.05 * grad.norm())
 
 
 @HERE
@@ -140,8 +143,9 @@ def test_what_is_no_number_stays_none() -> None:
 
 
 @COMPILER
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="it is for x86 processors")
 def test_the_compiler_has_nothing_to_say(tmp_path: Path) -> None:
-    """On any x86 processor: what is compiled need not run here."""
+    """On any of them: what is compiled need not run here."""
     warnings = ["-Wall", "-Wextra", "-Wno-sign-compare", "-Werror"]
     command = ["cc", *heads.FLAGS, *warnings, str(heads.SOURCE), "-o", str(tmp_path / "heads.so"), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -161,48 +165,28 @@ def test_its_source_is_part_of_the_code(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @HERE
 @COMPILER
 class TestLibrary:
-    def test_it_is_compiled_once(self, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert heads.library() is not None
-        (kept,) = (own_cache / "kernels").iterdir()
-        assert kept.stat().st_mode & 0o777 == 0o700
-        heads.library.cache_clear()
-        monkeypatch.setenv("CC", "/nowhere/cc")
-        assert heads.library() is not None
-
-    @pytest.mark.parametrize("place", ["file", "folder"])
-    def test_what_others_may_write_is_not_loaded(self, place: str, own_cache: Path) -> None:
-        heads.library()
-        (kept,) = (own_cache / "kernels").iterdir()
-        kept.unlink()  # or what was loaded would change, too
-        kept.write_bytes(b"somebody else's")
-        kept.chmod(0o700)
-        (kept if place == "file" else kept.parent).chmod(0o777)
-        heads.library.cache_clear()
-        assert heads.library() is not None
-
-    def test_without_a_cache_folder_it_is_compiled_for_the_process(
-        self, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+    def test_it_is_compiled_once_and_leaves_nothing(
+        self, anew: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("ADAPTERLINE_CACHE", "/proc/nobody/writes/here")
-        assert heads.library() is not None
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        assert heads.fits(CPU, torch.bfloat16, 32)
+        monkeypatch.setattr(subprocess, "run", None)
+        assert heads.fits(CPU, torch.bfloat16, 32)
+        assert not any(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
-        ("compiler", "why"), [("/nowhere/cc", "No such file"), ("false", "false: 1"), ("'cc", "quotation")]
+        ("compiler", "why"),
+        [("false", "false: 1"), ("cc --nonsense", "--nonsense"), ("true", "cannot open shared object file")],
     )
     def test_where_it_cannot_be_compiled_torch_computes_and_why_is_told(
-        self,
-        compiler: str,
-        why: str,
-        own_cache: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
+        self, compiler: str, why: str, anew: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setenv("CC", compiler)
-        with caplog.at_level(logging.INFO, "adapterline"):
-            assert heads.library() is None
-        assert why in caplog.text
         assert not heads.fits(CPU, torch.bfloat16, 32)
-        assert not any((own_cache / "kernels").glob("*"))
+        (told,) = caplog.messages
+        assert told.startswith("attention is computed by torch")
+        assert why in told
+        assert not Attention(*(nn.Linear(64, 64) for _ in range(4)), 2, torch.bfloat16, compiled=True).compiled
 
     def test_it_is_for_cpus_few_bits_and_whole_tiles(self) -> None:
         assert heads.fits(CPU, torch.bfloat16, 64)
@@ -211,7 +195,13 @@ class TestLibrary:
         assert not heads.fits(torch.device("cuda"), torch.bfloat16, 64)
 
 
-def test_another_processor_does_without(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert heads.library() is None
-    assert not (own_cache / "kernels").exists()
+@pytest.mark.parametrize("lacks", ["compiler", "instructions"])
+def test_where_something_is_missing_nothing_is_compiled_and_nothing_told(
+    lacks: str, anew: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: lacks != "instructions")
+    if lacks == "compiler":
+        monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(subprocess, "run", None)
+    assert not heads.fits(CPU, torch.bfloat16, 32)
+    assert not caplog.messages
