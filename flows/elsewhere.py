@@ -86,16 +86,34 @@ def _start(client: SyncPrefectClient, spec: JobSpec, out: str, mlflow_run: str, 
         "mlflow_run": mlflow_run,
         "timeout_hours": compute.timeout_hours,
     }
-    run: Any = run_deployment(
-        name,
-        parameters=parameters,
-        timeout=0,
-        flow_run_name=f"{spec.method}-{spec.digest[:8]}",
-        tags=[tag(spec), spec.method],
-        job_variables=compute.job_variables,
-    )
+    try:
+        run: Any = run_deployment(
+            name,
+            parameters=parameters,
+            timeout=0,
+            flow_run_name=f"{spec.method}-{spec.digest[:8]}",
+            tags=[tag(spec), spec.method],
+            job_variables=compute.job_variables,
+        )
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code >= 500:
+            raise
+        raise ComputeError(
+            f"a run of deployment {name} with these compute.job_variables",
+            _refusal(error.response),
+            "correct that and run again",
+        ) from error
     log.info("          %s goes to %s as run %s", spec.method, name, run.name)
     return client.read_flow_run(run.id)
+
+
+def _refusal(response: httpx.Response) -> str:
+    """Why the server would not have it, in its own words."""
+    try:
+        said = response.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        said = response.reason_phrase
+    return " ".join(str(said).split())[:300]
 
 
 def _running(client: SyncPrefectClient, spec: JobSpec, compute: ComputeConfig) -> FlowRun | None:
@@ -136,7 +154,7 @@ def _attend(
                 if event := listener.listen():
                     report(event)
                 try:
-                    run = client.read_flow_run(run.id)
+                    run = _read(client, spec, run)
                     told = _relay(client, spec, run, told)
                     if run.state is not None and run.state.is_final():
                         _hear_out(client, spec, run, told)
@@ -149,6 +167,9 @@ def _attend(
                     answered = time.monotonic()
                 except httpx.HTTPError as error:
                     _endure(error, answered)
+                    if run.state is None or not run.state.is_running():  # nor can it begin, or its worker be seen
+                        listener.restart()
+                        attended = time.monotonic()
                 if listener.silence > SILENCE_S:
                     _declare_dead(run.id)
                     found = f"none for {SILENCE_S:.0f} s"
@@ -158,6 +179,16 @@ def _attend(
         cancel()
         raise
     _judge(spec, run)
+
+
+def _read(client: SyncPrefectClient, spec: JobSpec, run: FlowRun) -> FlowRun:
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return client.read_flow_run(run.id)
+    except ObjectNotFound:
+        where = f"job {spec.method} in run {run.name}"
+        raise JobCancelled(f"{where} to finish", "that run was deleted", "run again: it resumes") from None
 
 
 def _endure(error: httpx.HTTPError, answered: float) -> None:

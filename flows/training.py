@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
@@ -95,13 +97,17 @@ def _follow(spec: JobSpec, out: Path, run: Run, run_id: str, compute: ComputeCon
         screen.bar(spec.method, event)
         if event.metrics is not None or time.monotonic() - shown > 5:
             shown = time.monotonic()
-            update_progress_artifact(artifact, 100 * event.step / event.steps, progress.describe(event))
+            tell(100 * event.step / event.steps, progress.describe(event))
+
+    def tell(percent: float, words: str) -> None:
+        with suppress(httpx.HTTPError):  # a server that is away for minutes ends no training
+            update_progress_artifact(artifact, percent, words)
 
     try:
         if compute.deployment:
             elsewhere.follow(spec, out, run.store, run_id, compute, report)
         else:
             jobs.follow(spec, out, run_id, run.tracking.uri, compute.timeout_hours, report)
-        update_progress_artifact(artifact, 100.0, "finished")
+        tell(100.0, "finished")
     finally:
         screen.bar(spec.method, None)

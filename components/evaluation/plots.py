@@ -26,10 +26,10 @@ def attention(measured: Mapping[str, Any], title: str) -> bytes:
     axes.set_ylabel("layer, from 0")
     axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
     axes.set_yticks(range(len(places)), _names(places))
-    middle = (np.nanmin(weights) + np.nanmax(weights)) / 2
+    middle = np.nanmax(weights) / 2  # of the colours, which begin at 0
     for (row, column), weight in np.ndenumerate(weights):
         shown = "–" if np.isnan(weight) else f"{weight:.2f}"
-        axes.text(column, row, shown, ha="center", va="center", color="black" if weight > middle else "white")
+        axes.text(column, row, shown, ha="center", va="center", color="white" if weight <= middle else "black")
     figure.colorbar(image, label="mean attention weight of a token (a row sums to 1)")
     file = io.BytesIO()
     figure.savefig(file, format="png")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import shutil
 import sys
 import tempfile
@@ -157,7 +158,7 @@ def _learn(
         out.mkdir(parents=True, exist_ok=True)
     if mirror:
         mirror.fetch()
-    torch.set_num_threads(spec.limits.threads)
+    torch.set_num_threads(spec.limits.threads or max(1, len(os.sched_getaffinity(0)) // group.local_size))
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Each new tensor would be filled before it is written: 5 to 10 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # torch hides it

@@ -55,6 +55,14 @@ def test_a_member_without_an_adapter_at_a_place_is_shown_as_absent(drawn: list[F
     assert [text.get_text() for text in drawn[0].axes[0].texts] == ["0.25", "0.75", "–", "1.00"]
 
 
+def test_its_numbers_can_be_read_on_their_colours(drawn: list[Figure]) -> None:
+    """Light is what weighs most, even where all weigh the same, and what is absent has no colour."""
+    plots.attention(measured([0.5, 0.5], [0.1, 0.9], [None, 1.0]), "x")
+    plots.attention(measured([0.5, 0.5]), "x")
+    found = [[text.get_color() for text in figure.axes[0].texts] for figure in drawn]
+    assert found == [["white", "white", "white", "black", "black", "black"], ["black", "black"]]
+
+
 def test_places_in_one_layer_are_told_apart(drawn: list[Figure]) -> None:
     plots.attention(measured([0.5, 0.5], [0.5, 0.5], [1.0, 0.0], layers=(0, 0, 1)), "x")
     labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]

@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from uuid import uuid4
+from types import SimpleNamespace
+from typing import Any
+from uuid import UUID, uuid4
 
+import httpx
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import LogCreate, WorkPoolCreate
@@ -20,12 +23,12 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Running
 
 from components import base_model, storage
-from components.config import BaseConfig
+from components.config import BaseConfig, ComputeConfig
 from components.errors import ComputeError, JobCancelled, JobKilled, ModelBusy, StorageError
 from components.registry import bundle
 from components.training.progress import Event
 from components.training.spec import DataRef, JobSpec, Limits, code_version
-from flows import elsewhere, jobs, pulse, turns
+from flows import elsewhere, jobs, pulse, training, turns
 from flows.train import train
 from tests.flows.conftest import Settings
 
@@ -36,6 +39,7 @@ pytestmark = [
 ]
 
 STORE = "s3://adapterline"
+ROOT = Path(__file__).parents[2]
 EVENT = Event(step=1, steps=2, epoch=1, epochs=1, loss=0.5, tokens_per_s=1.0, eta_s=1.0)
 
 
@@ -155,6 +159,64 @@ def test_a_pool_without_a_worker_is_named(
     run = client.create_flow_run_from_deployment(deployment, parameters={"spec": "", "digest": "", "out": ""})
     with pytest.raises(ComputeError, match="a worker on work pool nobody; found none"):
         attend(client, spec, run)
+
+
+def test_time_without_a_server_counts_against_no_job_that_waits(
+    client: SyncPrefectClient, spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elsewhere, "SILENCE_S", 0.5)
+    monkeypatch.setattr(elsewhere, "POLL_S", 0.1)
+    run = client.create_flow_run(train, parameters={"spec": "", "digest": "", "out": ""})
+    back, read = time.monotonic() + 1.5, SyncPrefectClient.read_flow_run
+
+    def away(self: SyncPrefectClient, run_id: UUID) -> FlowRun:
+        if time.monotonic() < back:
+            raise httpx.ConnectError("away")
+        client.set_flow_run_state(run_id, Completed(), force=True)
+        return read(self, run_id)
+
+    monkeypatch.setattr(SyncPrefectClient, "read_flow_run", away)
+    attend(client, spec, run)
+
+
+def test_a_server_that_cannot_be_told_ends_no_training(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> None:
+        raise httpx.ConnectError("away")
+
+    told: list[Event] = []
+
+    def follow(*given: Any) -> None:
+        given[-1](EVENT)
+        told.append(EVENT)
+
+    monkeypatch.setattr(training, "update_progress_artifact", away)
+    monkeypatch.setattr(training, "create_progress_artifact", lambda *_, **__: None)
+    monkeypatch.setattr(jobs, "follow", follow)
+    run: Any = SimpleNamespace(reports=SimpleNamespace(name="away"), tracking=SimpleNamespace(uri=""))
+    training._follow(spec, Path("nowhere"), run, "", ComputeConfig())
+    assert told == [EVENT]
+
+
+def test_a_run_that_was_deleted_is_cancelled(client: SyncPrefectClient, spec: JobSpec) -> None:
+    run = client.create_flow_run(train, parameters={"spec": "", "digest": "", "out": ""}, state=Running())
+    client.delete_flow_run(run.id)
+    with pytest.raises(JobCancelled, match="that run was deleted"):
+        attend(client, spec, run)
+
+
+@pytest.mark.parametrize("pool", ["local", "docker", "k8s"])
+def test_job_variables_that_the_pool_does_not_know_are_named(
+    settings: Settings, client: SyncPrefectClient, spec: JobSpec, pool: str
+) -> None:
+    template = json.loads((ROOT / "infra" / "work-pools" / f"{pool}.json").read_text())
+    client.create_work_pool(WorkPoolCreate(name=f"strict-{pool}", type="process", base_job_template=template))
+    flow = client.create_flow(train)
+    client.create_deployment(flow_id=flow, name=f"strict-{pool}", work_pool_name=f"strict-{pool}")
+    compute = settings(
+        "elsewhere", compute__deployment=f"train/strict-{pool}", compute__job_variables={"memroy": "32g"}
+    ).compute
+    with pytest.raises(ComputeError, match="memroy"):
+        elsewhere._start(client, spec, f"{STORE}/jobs/none", "", compute)
 
 
 def test_a_missing_deployment_is_named(settings: Settings, client: SyncPrefectClient, spec: JobSpec) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from components import forks
 from components.errors import AdapterlineError, BaseModelError, ConfigError, DataError
@@ -105,6 +106,17 @@ def test_a_job_needs_no_cache_folder(
     limits = Limits(threads=1, device="cpu", trunk_cache_gb=1)
     out = finished(lively_base, data, "pfeiffer", tmp_path / "out", epochs=1, limits=limits)
     assert bundle.read_manifest(out).method == "pfeiffer"
+
+
+def test_who_names_no_threads_leaves_them_to_the_job(lively_base: Path, data: DataRef, tmp_path: Path) -> None:
+    """As a spec that a flow wrote for a place elsewhere, started there without a flow."""
+    before = torch.get_num_threads()
+    try:
+        limits = Limits(threads=0, device="cpu", trunk_cache_gb=1)
+        finished(lively_base, data, "pfeiffer", tmp_path / "out", epochs=1, limits=limits)
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_where_the_data_lie_makes_no_other_job(lively_base: Path, data: DataRef) -> None:
