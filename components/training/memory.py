@@ -18,10 +18,10 @@ from components.errors import OutOfMemory
 if TYPE_CHECKING:
     import torch
 
-# Kernels that are kept: the twenty or so products of a step, for the widths that batches mostly have. Each takes a tenth
-# of a MB or more: with 320 of them MiniLM's training takes 20 MB less and 4 % longer, with 640 28 MB more and 3 % less.
-# oneDNN has one cache of them, and torch's layer above it one for each kind and thread, whose entries take more, for
-# little.
+# Kernels that are kept: the twenty or so products of a step, for the widths that batches mostly have. Each takes a
+# tenth of a MB or more: with 320 of them MiniLM's training takes 20 MB less and 4 % longer, with 640 28 MB more and 3 %
+# less. oneDNN has one cache of them, and torch's layer above it one for each kind and thread, whose entries take more,
+# for little.
 KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": 448, "LRU_CACHE_CAPACITY": 16}
 # Of glibc's mallopt (man 3 mallopt): what is named, and bytes, of the first the most that it takes, of the second more
 # than a step frees.
