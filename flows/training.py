@@ -92,16 +92,16 @@ def _follow(spec: JobSpec, out: Path, run: Run, run_id: str, compute: ComputeCon
     )
     shown = 0.0
 
+    def tell(percent: float, words: str) -> None:
+        with suppress(httpx.HTTPError):  # a server that is away for minutes ends no training
+            update_progress_artifact(artifact, percent, words)
+
     def report(event: progress.Event) -> None:
         nonlocal shown
         screen.bar(spec.method, event)
         if event.metrics is not None or time.monotonic() - shown > 5:
             shown = time.monotonic()
             tell(100 * event.step / event.steps, progress.describe(event))
-
-    def tell(percent: float, words: str) -> None:
-        with suppress(httpx.HTTPError):  # a server that is away for minutes ends no training
-            update_progress_artifact(artifact, percent, words)
 
     try:
         if compute.deployment:

@@ -97,6 +97,7 @@ def test_the_random_state_and_the_threads_are_left_as_they_were() -> None:
     ("by_heads", "expected"),
     [
         ("nowhere", Kernels(bfloat16=False, plain_until=128, math_until=0)),
+        ("not today", Kernels(bfloat16=False, plain_until=128, math_until=0, compiled=True)),
         ("slow", Kernels(bfloat16=False, plain_until=128, math_until=0)),
         ("fastest", Kernels(bfloat16=False, plain_until=512, math_until=0, compiled=True)),
     ],
@@ -111,7 +112,8 @@ def test_the_faster_way_is_chosen(by_heads: str, expected: Kernels, monkeypatch:
         return lambda width: "other" if fused else by_heads if compiled else "fast" if width <= 128 else "slow"
 
     monkeypatch.setattr(kernels, "_attention", attention)
-    monkeypatch.setattr(heads, "fits", lambda device, dtype, features: by_heads != "nowhere")
+    monkeypatch.setattr(heads, "may_fit", lambda device, dtype, features: by_heads != "nowhere")
+    monkeypatch.setattr(heads, "fits", lambda device, dtype, features: by_heads in seconds)
     monkeypatch.setattr(kernels, "_composed", lambda shape, dtype: lambda width: "other")
     assert kernels.measure(CPU, SHAPE, BOTH) == expected
 
